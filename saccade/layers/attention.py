@@ -1,0 +1,106 @@
+"""Attention on queries, keys and values: https://arxiv.org/abs/1706.03762."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attention(
+    q: Float[Tensor, "B H N D"],
+    k: Float[Tensor, "B H M D"],
+    v: Float[Tensor, "B H M E"],
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B H N E"]:
+    """softmax(q k^T / sqrt(D) + bias) v through PyTorch's fused kernels. `bias` is added to the scores (or bool: keep)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
+
+
+def attention_with_weights(
+    q: Float[Tensor, "B H N D"],
+    k: Float[Tensor, "B H M D"],
+    v: Float[Tensor, "B H M E"],
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Float[Tensor, "B H N E"], Float[Tensor, "B H N M"]]:
+    """The same written out, for explanations: also returns the weights, whose rows sum to one. O(N M) memory."""
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, N, M)
+    if causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~keep, -math.inf)
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+    weights = scores.softmax(dim=-1)
+    return weights @ v, weights
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention, or cross-attention where a context is given. Queries, keys and values share one packed matrix."""
+
+    def __init__(self, dim: int, heads: int, *, qkv_bias: bool = True, dropout: float = 0.0):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N C"],
+        context: Float[Tensor, "B M C"] | None = None,
+        *,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "B N C"]:
+        q, k, v = self.project(x, context, rotary)
+        mixed = attention(q, k, v, bias=bias, causal=causal, dropout=self.dropout if self.training else 0.0)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def with_weights(
+        self,
+        x: Float[Tensor, "B N C"],
+        context: Float[Tensor, "B M C"] | None = None,
+        *,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B H N M"]]:
+        """`forward` by the explicit path; also returns the attention weights. Without dropout."""
+        q, k, v = self.project(x, context, rotary)
+        mixed, weights = attention_with_weights(q, k, v, bias=bias, causal=causal)
+        return self.out(mixed.transpose(1, 2).flatten(2)), weights
+
+    def project(
+        self, x: Tensor, context: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `x`, keys and values of the context: (B, H, N, D), (B, H, M, D), (B, H, M, D)."""
+        C = x.shape[-1]
+        if context is None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x, weight[:C], None if bias is None else bias[:C])
+            kv = F.linear(context, weight[C:], None if bias is None else bias[C:])
+            q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
+
+
+def rotate(x: Float[Tensor, "B H N D"], rotary: tuple[Tensor, Tensor]) -> Float[Tensor, "B H N D"]:
+    """Turn each pair (x_i, x_{i + D/2}) by its token's angle; `rotary` is (cos, sin), each (>= N, D)."""
+    cos, sin = (table[: x.shape[2]].to(x.dtype) for table in rotary)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

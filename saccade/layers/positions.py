@@ -1,0 +1,70 @@
+"""Where a token lies: learned, sinusoidal and rotary positions for any grid, height and width independent."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sinusoidal_1d(length: int, dim: int, *, base: float = 10_000.0, device: torch.device | None = None) -> Tensor:
+    """(length, dim): sines in the first half of the channels, cosines in the second; https://arxiv.org/abs/1706.03762."""
+    steps = torch.arange(length, dtype=torch.float32, device=device)
+    return _waves(steps, dim, base)
+
+
+def sinusoidal_2d(grid: tuple[int, int], dim: int, *, base: float = 10_000.0, device: torch.device | None = None) -> Tensor:
+    """(h * w, dim): half of the channels for the row, half for the column, row-major."""
+    if dim % 4:
+        raise ValueError(f"sinusoidal 2-D positions need a width that is a multiple of 4, not {dim}")
+    h, w = grid
+    rows = sinusoidal_1d(h, dim // 2, base=base, device=device)[:, None].expand(h, w, -1)
+    columns = sinusoidal_1d(w, dim // 2, base=base, device=device)[None].expand(h, w, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(0, 1)
+
+
+def _waves(steps: Tensor, dim: int, base: float) -> Tensor:
+    rates = base ** -(torch.arange(dim // 2, dtype=torch.float32, device=steps.device) / max(1, dim // 2))
+    angles = steps[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class LearnedPositions(nn.Module):
+    """A vector per cell of a grid; another grid is interpolated (bicubic), so that any picture shape can be read."""
+
+    def __init__(self, grid: tuple[int, int], dim: int):
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.empty(grid[0] * grid[1], dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, grid: tuple[int, int]) -> Float[Tensor, "N C"]:
+        return self.table if grid == self.grid else resize_positions(self.table, self.grid, grid)
+
+
+def resize_positions(table: Float[Tensor, "N C"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "M C"]:
+    """Interpolate positions of a grid to another, antialiased where it shrinks."""
+    image = table.float().T.unflatten(1, old)[None]  # (1, C, h, w)
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=True)
+    return image[0].flatten(1).T.to(table.dtype)
+
+
+def rotary_2d(
+    grid: tuple[int, int], head_dim: int, *, prefix: int = 0, base: float = 100.0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (prefix + h * w, head_dim), for `rotate`; https://arxiv.org/abs/2104.09864 in two axes.
+
+    Half of the angles come from the row and half from the column, measured from -1 to 1 over the picture, so that a
+    larger grid interpolates. The first `prefix` tokens (class token, registers) are not turned.
+    """
+    if head_dim % 4:
+        raise ValueError(f"rotary 2-D positions need a head width that is a multiple of 4, not {head_dim}")
+    rates = base ** -(torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))
+    axes = [2 * (torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n - 1 for n in grid]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    angles = 2 * math.pi * torch.cat([axis.flatten()[:, None] * rates for axis in (rows, columns)], dim=-1)
+    angles = F.pad(torch.cat((angles, angles), dim=-1), (0, 0, prefix, 0))  # (prefix + N, D)
+    return angles.cos(), angles.sin()

@@ -1,0 +1,41 @@
+"""Backbone and a linear head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saccade.backbones.vit import ViT
+
+
+@dataclass(frozen=True)
+class ClassifierOutputs:
+    logits: Float[Tensor, "B K"]
+
+
+class Classifier(nn.Module):
+    """Normalised pictures (B, 3, H, W) -> a score per class (B, K)."""
+
+    def __init__(self, backbone: ViT, num_classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.channels[-1], num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> ClassifierOutputs:
+        return ClassifierOutputs(self.head(self.backbone.summary(images)))
+
+    def depth_of(self, parameter: str) -> int:
+        """Layers below the parameter, for layer-wise learning rates; the head is the deepest."""
+        return self.backbone.depth_of(parameter.removeprefix("backbone.")) if self.in_backbone(parameter) else self.depth
+
+    @property
+    def depth(self) -> int:
+        return len(self.backbone.blocks) + 1
+
+    @staticmethod
+    def in_backbone(parameter: str) -> bool:
+        return parameter.startswith("backbone.")
