@@ -1,0 +1,51 @@
+"""saccade: vision transformers that learn from your pictures. `saccade.train`, `saccade.load`, `saccade.evaluate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from saccade.errors import UserError
+
+if TYPE_CHECKING:
+    from saccade.data.inspect import Report
+    from saccade.engine.predict import Model
+    from saccade.engine.train import TrainResult
+    from saccade.metrics.classification import ClassificationReport
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "evaluate", "inspect", "load", "train"]
+
+
+def train(data: str | None = None, *, resume: str | None = None, show: bool = True, **settings: Any) -> TrainResult:
+    """Train on `data`, or continue the run in the folder `resume`.
+
+    Settings are those of the command, with nested ones as mappings: `train("photos", minutes=5, optimizer={"name": "muon"})`.
+    """
+    from saccade.api import train as run
+
+    return run(data, resume=resume, show=show, settings=settings)
+
+
+def load(source: str, *, device: str = "auto", precision: str = "auto") -> Model:
+    """A model from a run folder or a model file: `.network`, `.class_names`, `.preprocessing`, `.predict(...)`."""
+    from saccade.engine.predict import Model
+
+    return Model.load(source, device=device, precision=precision)
+
+
+def evaluate(
+    model: str, data: str, *, split: str | None = None, device: str = "auto", batch_size: int = 64, workers: int = 0
+) -> ClassificationReport:
+    """The report of a model (run folder or file) on labelled data: top-1, per class figures, confusion, calibration."""
+    from saccade.api import evaluate as run
+
+    return run(model, data, split=split, device=device, batch_size=batch_size, workers=workers)
+
+
+def inspect(data: str, *, val: str | None = None) -> Report:
+    """What is in this data, and what is wrong with it."""
+    from pathlib import Path
+
+    from saccade.data.inspect import inspect_data
+
+    return inspect_data(Path(data), val)

@@ -57,6 +57,7 @@ def _plain(dim: int, depth: int, heads: int, patch_size: int = 16) -> ViTConfig:
 
 
 VIT = {
+    "vit_micro": ViTConfig(dim=128, depth=6, heads=4, hidden=512, patch_size=4, image_size=32, drop_path=0.05),
     "vit_tiny": _plain(192, 12, 3),
     "vit_small": _plain(384, 12, 6),
     "vit_base": _plain(768, 12, 12),

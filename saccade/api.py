@@ -1,0 +1,79 @@
+"""The Python entry points, which the command shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from saccade.config import DataConfig
+from saccade.data.loader import eval_batches, measure_sizes
+from saccade.data.source import Source
+from saccade.data.sources import open_source
+from saccade.engine import train as engine
+from saccade.engine.distributed import World
+from saccade.engine.evaluate import Normalise, evaluate_batches
+from saccade.engine.predict import Model
+from saccade.errors import UserError
+from saccade.metrics.classification import ClassificationReport
+from saccade.recipes import resolve
+
+
+def train(
+    data: str | None, *, resume: str | None, settings: Mapping[str, Any], show: bool = True
+) -> engine.TrainResult:
+    """A new run on `data`, or the continuation of the one in `resume`."""
+    changes = dict(settings) if data is None else {"data": str(data), **settings}
+    if resume is not None:
+        return engine.train(engine.resume_config(Path(resume), changes), resume=True, show=show)
+    return engine.train(resolve(changes), show=show)
+
+
+def evaluate(
+    model: str,
+    data: str,
+    *,
+    split: str | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ClassificationReport:
+    """Run a model over labelled data. `progress(done, total)` is called after each batch."""
+    loaded = Model.load(model, device=device)
+    source = with_class_names(open_source(Path(data), split), loaded.class_names, str(model))
+    config = DataConfig()
+    task, done = loaded.task, 0
+
+    def count(pictures: int) -> None:
+        nonlocal done
+        done += pictures
+        if progress is not None:
+            progress(done, len(source))
+
+    batches = eval_batches(
+        source,
+        measure_sizes(source, config),
+        task.eval_transform,
+        task.eval_collate,
+        preprocessing=loaded.preprocessing,
+        data=config,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    normalise = Normalise(loaded.preprocessing, loaded.device)
+    return evaluate_batches(
+        loaded.network, batches, task, normalise, loaded.device, loaded.precision, World(), progress=count
+    )
+
+
+def with_class_names(source: Source, class_names: tuple[str, ...], model: str) -> Source:
+    """The same source with labels in the model's order. Classes that the model does not know are a UserError."""
+    unknown = [name for name in source.class_names if name not in class_names]
+    if unknown:
+        raise UserError(
+            f"{source.path}: {len(unknown)} classes are unknown to {model}: {', '.join(unknown[:10])}; "
+            f"it knows {', '.join(class_names[:10])}{' ...' if len(class_names) > 10 else ''}. "
+            "Rename the folders or labels, or train on this data"
+        )
+    return source.with_classes(class_names)

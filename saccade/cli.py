@@ -1,0 +1,390 @@
+"""The command. It parses words and prints results; everything else is in the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin
+
+from saccade.config import Config, RunConfig, build_config, closest
+from saccade.errors import UserError
+
+EPILOG = "`saccade COMMAND --help` shows the flags of a command. First look: `saccade demo`."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 1 (inspect found faults), 2 (an error), 128 + signal (stopped)."""
+    try:
+        code = dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return fail("out of memory; use a smaller --batch-size or --image-size")
+    except OSError as error:
+        return fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        return fail("out of memory on the device; use a smaller --batch-size or --image-size")
+
+
+def fail(message: str) -> int:
+    print(f"saccade: error: {message}", file=sys.stderr)
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as ours."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}\n({self.prog} --help shows what there is)")
+
+
+def dispatch(arguments: list[str]) -> int:
+    parser = Parser("saccade", description="Vision transformers that learn from your pictures.", epilog=EPILOG)
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    runners: dict[str, Callable[[argparse.Namespace], int]] = {}
+    for name, add, runner in COMMANDS:
+        help_text = (runner.__doc__ or "").strip()
+        sub = commands.add_parser(
+            name,
+            help=help_text.splitlines()[0],
+            description=help_text,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add(sub)
+        runners[name] = runner
+    known = list(runners)
+    word = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if word is not None and word not in known and arguments[0] == word:
+        raise UserError(f"unknown command {word!r}{closest(word, known)}\n(commands: {', '.join(known)})")
+    options, extra = parser.parse_known_args(arguments)
+    if options.version:
+        from saccade import __version__
+
+        print(f"saccade {__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 0
+    options.unknown = [word for word in extra if word.startswith("-")] or extra
+    options.flags = [flag for action in commands.choices[options.command]._actions for flag in action.option_strings]
+    if options.command != "train":
+        refuse_unknown(options, [])
+    return runners[options.command](options)
+
+
+def refuse_unknown(options: argparse.Namespace, further: list[str]) -> None:
+    """One error for all unknown flags and whatever else is wrong."""
+    lines = []
+    for word in options.unknown:
+        flag = word.split("=")[0]
+        near = closest(flag.replace("_", "-"), options.flags)
+        lines.append(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{near}")
+    lines += further
+    if lines:
+        listed = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+        raise UserError(f"{listed}\n(saccade {options.command} --help shows what there is)")
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+SHORT = ("task", "recipe", "model", "weights", "epochs", "minutes", "steps", "batch_size", "lr", "seed", "workers", "device", "out")
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="?", help=RunConfig.model_fields["data"].description)
+    main_group = parser.add_argument_group("what is asked most (where no default is named, the recipe chooses it from the data)")
+    main_group.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly where it was")
+    main_group.add_argument("--image-size", dest="preprocessing.image_size", metavar="N", help="as --preprocessing.image-size")
+    for name in SHORT:
+        add_field(main_group, RunConfig, name, "")
+    main_group.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    rest = parser.add_argument_group("the run")
+    for name, field in RunConfig.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Config):
+            group = parser.add_argument_group(f"{name}: {(inner.__doc__ or '').strip().splitlines()[0]}")
+            for inner_name in inner.model_fields:
+                add_field(group, inner, inner_name, f"{name}.")
+        elif name not in (*SHORT, "data"):
+            add_field(rest, RunConfig, name, "")
+
+
+def add_field(group: Any, model: type[Config], name: str, prefix: str) -> None:
+    """A flag for a field of the settings. The text is parsed by `from_text` and checked by the settings themselves."""
+    field = model.model_fields[name]
+    default = "" if field.default is None else f" (default {shown(field.default)})"
+    choices = [str(choice) for choice in literals(field.annotation)]
+    flag = f"--{prefix}{name}".replace("_", "-")
+    is_bool = field.annotation is bool
+    group.add_argument(
+        flag,
+        dest=prefix + name,
+        metavar="{" + ",".join(choices) + "}" if choices else "BOOL" if is_bool else name.split("_")[-1].upper(),
+        nargs="?" if is_bool else None,
+        const="true" if is_bool else None,
+        help=((field.description or "") + default).replace("%", "%%"),
+    )
+
+
+def shown(value: object) -> str:
+    return ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+
+
+def literals(annotation: Any) -> list[Any]:
+    """The allowed words of a Literal, also inside an optional one."""
+    if get_origin(annotation) is not None and str(get_origin(annotation)) == "typing.Literal":
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in literals(part)]
+
+
+def from_text(model: type[Config], path: str, text: str) -> Any:
+    """`none` for a setting that may be absent, numbers in a row for a tuple, otherwise the text, which pydantic reads."""
+    name, _, rest = path.partition(".")
+    annotation = model.model_fields[name].annotation
+    if rest:
+        assert isinstance(annotation, type) and issubclass(annotation, Config)
+        return from_text(annotation, rest, text)
+    if text.lower() == "none" and type(None) in get_args(annotation):
+        return None
+    return text.split(",") if get_origin(annotation) is tuple else text
+
+
+def read_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given, as a nested mapping."""
+    changes: dict[str, Any] = {}
+    for path, text in vars(options).items():
+        if text is None or path.split(".")[0] not in RunConfig.model_fields:
+            continue
+        branch = changes
+        *parents, name = path.split(".")
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = from_text(RunConfig, path, text)
+    return changes
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Learn from labelled pictures.
+
+    saccade train photos/ --minutes 10                   everything else is chosen from the data
+    saccade train photos/ --model vit_tiny --epochs 30   from scratch, with a named model
+    saccade train photos/ --weights runs/other           fine-tune an earlier run
+    saccade train --resume runs/photos                   continue, exactly
+    """
+    changes = read_changes(options)
+    faults: list[str] = []
+    if options.data is None and options.resume is None:
+        faults.append("no data given: saccade train DATA, or saccade train --resume RUN")
+    try:
+        build_config({"data": "data", **changes})
+    except UserError as error:
+        faults += [line.strip() for line in str(error).removeprefix("settings: ").strip().splitlines()]
+    refuse_unknown(options, faults)
+
+    from saccade.api import train
+
+    result = train(None, resume=options.resume, settings=changes, show=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        facts = {
+            "run": str(result.folder),
+            "finished": result.finished,
+            "steps": result.steps,
+            "metrics": result.metrics,
+            "left_out": result.unreadable,
+        }
+        if options.json:
+            print(json.dumps(facts))
+        elif result.finished:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+            print(f"kept model on the validation split: {figures}")
+            if result.unreadable:
+                print(f"{len(result.unreadable)} pictures could not be read and were left out")
+            print(f"next: saccade predict {result.folder} PICTURE --save out/")
+    return 0 if result.finished else 128 + (result.signal or 2)
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run folder or model file")
+    parser.add_argument("data", help="labelled data: a split's folder, or a data set (then its val or --split)")
+    parser.add_argument("--split", help="which split of the data set")
+    parser.add_argument("--out", help="folder for metrics.json, confusion.png and calibration.png")
+    add_common(parser)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (default 64)")
+    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="processes that read (default 0)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Measure a model on labelled data: top-1 and top-5, figures per class, confusion, calibration."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from saccade.api import evaluate
+    from saccade.engine.progress import counter
+
+    with counter("evaluating") as progress:
+        report = evaluate(
+            options.model,
+            options.data,
+            split=options.split,
+            device=options.device,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            progress=progress,
+        )
+    if options.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        report.render(Console(highlight=False))
+    if options.out is not None:
+        report.save(Path(options.out))
+        print(f"metrics.json, confusion.png and calibration.png are in {options.out}", file=sys.stderr)
+    return 0
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run folder or model file")
+    parser.add_argument("inputs", nargs="+", metavar="PICTURE", help="pictures and folders of pictures")
+    parser.add_argument("--save", metavar="DIR", help="save a picture of each prediction with its attention here")
+    add_common(parser)
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """Name what is in pictures. With --save, draw each with its label and what the model looked at."""
+    from pathlib import Path
+
+    from saccade.engine.predict import Model
+    from saccade.engine.progress import counter
+
+    model = Model.load(options.model, device=options.device)
+    saved: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with counter("predicting") as progress:
+        for prediction in model.stream(
+            options.inputs,
+            batch_size=options.batch_size,
+            attention=options.save is not None,
+            failed=failed,
+            progress=progress,
+        ):
+            facts = prediction.to_dict()
+            if options.save is not None:
+                facts["picture"] = str(prediction.save(Path(options.save) / f"{Path(prediction.source).stem}.png"))
+            if options.json:
+                saved.append(facts)
+            else:
+                print(prediction)
+    if options.json:
+        print(json.dumps(saved))
+    if failed:
+        raise UserError(
+            (failed[0] if len(failed) == 1 else "".join(f"\n  {line}" for line in failed))
+            + ("" if len(failed) == 1 else f"\n{len(failed)} pictures could not be read; the others are done")
+        )
+    return 0
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help=RunConfig.model_fields["data"].description)
+    parser.add_argument("--val", help=RunConfig.model_fields["val"].description)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on standard output")
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """Say what is in this data, and what is wrong with it. Exit code 1 where something is wrong."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from saccade.data.inspect import inspect_data
+
+    report = inspect_data(Path(options.data), options.val)
+    if options.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        report.render(Console(highlight=False))
+    return 0 if report.ok else 1
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=["classify"], default="classify", help="what the models are for")
+    parser.add_argument("--json", action="store_true", help="print the list as JSON on standard output")
+
+
+def run_models(options: argparse.Namespace) -> int:
+    """List the models: parameters, FLOPs and resolution."""
+    from saccade.catalog import list_models, render_models
+
+    if options.json:
+        print(json.dumps([model.__dict__ for model in list_models()]))
+    else:
+        render_models()
+    return 0
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="demo", help="folder for the run and its pictures (default demo)")
+    parser.add_argument("--minutes", default="2", metavar="MINUTES", help="training time (default 2)")
+    parser.add_argument("--seed", default="0", help="of everything that is random (default 0)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Train a small Vision Transformer on handwritten digits, now, without any download, and look at what it learnt."""
+    config = build_config({"data": "digits", "minutes": options.minutes, "seed": options.seed})
+
+    from saccade.demo import demo
+
+    facts = demo(options.out, minutes=config.minutes or 2.0, seed=config.seed)
+    if options.json:
+        print(json.dumps(facts))
+    return 0
+
+
+COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]], ...] = (
+    ("demo", add_demo, run_demo),
+    ("inspect", add_inspect, run_inspect),
+    ("train", add_train, run_train),
+    ("evaluate", add_evaluate, run_evaluate),
+    ("predict", add_predict, run_predict),
+    ("models", add_models, run_models),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""What is in a data set, and everything that is wrong with it: every picture is read and decoded in full."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from os import cpu_count
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from saccade.config import DataConfig
+from saccade.data.decode import SUFFIXES, Picture, PictureError
+from saccade.data.source import Problem, Source
+from saccade.data.sources import Place, class_problems, find, unite_classes
+
+ASPECT_EDGES = (0.5, 0.8, 1.25, 2.0)  # width / height; between them the picture's share is counted
+UNBALANCED = 10  # the largest class over the smallest, from which it is worth a hint
+FEW = 20  # training pictures of a class, below which it is worth a hint
+LISTED = 40  # problems in a printed report; all of them are in to_dict()
+
+
+@dataclass
+class SplitReport:
+    """Counts and sizes of one split."""
+
+    name: str
+    where: str
+    pictures: int
+    classes: dict[str, int]
+    height: tuple[int, int, int] | None = None  # min, median, max of those that can be read
+    width: tuple[int, int, int] | None = None
+    aspects: dict[str, int] = field(default_factory=dict)  # pictures by range of width / height
+
+
+@dataclass
+class Report:
+    """What `saccade inspect` says."""
+
+    path: str
+    format: str
+    splits: list[SplitReport]
+    problems: list[Problem]
+    notes: list[str]
+    hints: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "format": self.format,
+            "ok": self.ok,
+            "splits": [vars(split) for split in self.splits],
+            "problems": [vars(problem) for problem in self.problems],
+            "notes": self.notes,
+            "hints": self.hints,
+        }
+
+    def render(self, console: Console) -> None:
+        """Tables of counts and sizes, then problems by kind."""
+        console.print(f"[bold]{escape(self.path)}[/bold]: {self.format.replace('_', ' ')}", soft_wrap=True)
+        names = list(dict.fromkeys(name for split in self.splits for name in split.classes))
+        table = Table("class", *(split.name for split in self.splits))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name in names:
+            table.add_row(escape(name), *(str(split.classes.get(name, 0)) for split in self.splits))
+        table.add_section()
+        table.add_row("all", *(str(split.pictures) for split in self.splits))
+        table.add_section()
+        for what in ("width", "height"):
+            table.add_row(f"{what} (min, median, max)", *(_three(getattr(split, what)) for split in self.splits))
+        for label in dict.fromkeys(label for split in self.splits for label in split.aspects):
+            row = (_share(split.aspects.get(label, 0), split.pictures) for split in self.splits)
+            table.add_row(f"width / height {label}", *row)
+        console.print(table)
+        for text in self.notes:
+            console.print(f"note: {text}", markup=False, soft_wrap=True)
+        for text in self.hints:
+            console.print(f"hint: {text}", markup=False, soft_wrap=True)
+        by_kind: dict[str, list[Problem]] = defaultdict(list)
+        for problem in self.problems:
+            by_kind[problem.kind].append(problem)
+        for kind, same in by_kind.items():
+            console.print(f"[bold red]{kind.replace('_', ' ')}[/bold red]: {len(same)}")
+            for problem in same[:LISTED]:
+                console.print(f"  {problem}", markup=False, soft_wrap=True)
+            if len(same) > LISTED:
+                console.print(f"  ... and {len(same) - LISTED} more, all of them with --json")
+        console.print("nothing is wrong" if self.ok else f"{len(self.problems)} problems")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One picture after a full look at it."""
+
+    digest: bytes | None  # none: could not even be read
+    size: tuple[int, int] | None  # none: could not be decoded
+    problem: Problem | None = None
+
+
+def inspect_data(path: Place, val: Place | None = None, config: DataConfig | None = None) -> Report:
+    """Look at every picture of every split. Only a path with nothing at all is an error; the rest is in the report."""
+    config = config or DataConfig()
+    found = find(path)
+    problems, notes, sources = list(found.problems), list(found.notes), dict(found.splits)
+    if val is not None:
+        beside = find(val)
+        problems += beside.problems
+        notes += beside.notes
+        sources = {"train": sources.get("train") or next(iter(sources.values()))}
+        sources["val"] = beside.splits.get("val") or next(iter(beside.splits.values()))
+    names = unite_classes(list(sources.values())) if sources else ()
+    sources = {split: source.with_classes(names) for split, source in sources.items()}
+    learnt = sources.get("train") or sources.get("all")
+    if learnt is not None:
+        problems += class_problems(learnt, sources.get("val") or sources.get("test"), str(path))
+    seen = {split: _look(source, config) for split, source in sources.items()}
+    for looks in seen.values():
+        problems += [look.problem for look in looks if look.problem is not None]
+    problems += _same_bytes(sources, seen)
+    return Report(
+        path=str(path),
+        format=found.format,
+        splits=[_summary(split, source, seen[split]) for split, source in sources.items()],
+        problems=problems,
+        notes=notes,
+        hints=_hints(sources, learnt),
+    )
+
+
+def _look(source: Source, config: DataConfig) -> list[_Seen]:
+    def look(i: int) -> _Seen:
+        name, digest = source.id(i), None
+        try:
+            data = source.read(i)
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            picture = Picture(data, name, config.max_pixels)
+            picture.whole()
+        except PictureError as error:
+            return _Seen(digest, None, Problem(error.kind, name, error.reason))
+        suffix = PurePath(name).suffix.lower()
+        if SUFFIXES.get(suffix, picture.format) != picture.format:
+            what = f"the name ends in {suffix}, the content is {picture.format}; rename it"
+            return _Seen(digest, picture.size, Problem("wrong_extension", name, what))
+        return _Seen(digest, picture.size)
+
+    console = Console(stderr=True)
+    with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
+        looks = pool.map(look, range(len(source)))
+        label = f"looking at {source.name}"
+        return list(
+            track(looks, label, len(source), console=console, transient=True, disable=not sys.stderr.isatty())
+        )
+
+
+def _same_bytes(sources: dict[str, Source], seen: dict[str, list[_Seen]]) -> list[Problem]:
+    """Groups of pictures with the same bytes: within a split, across splits, and under different labels."""
+    groups: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
+    for split, looks in seen.items():
+        for i, look in enumerate(looks):
+            # all empty files are the same, and have been reported as such
+            if look.digest is not None and look.size is not None:
+                groups[look.digest].append((split, i))
+    problems = []
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        by_split: dict[str, list[str]] = defaultdict(list)
+        labels = {}
+        for split, i in group:
+            source = sources[split]
+            by_split[split].append(source.id(i))
+            labels[source.class_names[source.labels[i]]] = None
+        first, *others = [name for names in by_split.values() for name in names]
+        for names in by_split.values():
+            if len(names) > 1:
+                what = f"the same bytes as {', '.join(names[1:])}; keep one of them"
+                problems.append(Problem("duplicate", names[0], what))
+        if len(by_split) > 1:
+            what = f"in {' and '.join(by_split)}: the same bytes as {', '.join(others)}; keep it in one split only"
+            problems.append(Problem("leak", first, what))
+        if len(labels) > 1:
+            what = f"labelled {' and '.join(labels)}: the same bytes as {', '.join(others)}; keep the right one"
+            problems.append(Problem("two_labels", first, what))
+    return problems
+
+
+def _summary(split: str, source: Source, looks: list[_Seen]) -> SplitReport:
+    classes = dict(zip(source.class_names, source.counts().tolist(), strict=True))
+    report = SplitReport(split, str(source.path), len(source), classes)
+    sizes = np.array([look.size for look in looks if look.size is not None], dtype=np.int64).reshape(-1, 2)
+    if len(sizes):
+        low, middle, high = sizes.min(axis=0), np.median(sizes, axis=0).round().astype(int), sizes.max(axis=0)
+        report.height, report.width = ((int(low[k]), int(middle[k]), int(high[k])) for k in range(2))
+        bins = np.bincount(np.digitize(sizes[:, 1] / sizes[:, 0], ASPECT_EDGES), minlength=len(ASPECT_EDGES) + 1)
+        edges = [f"{edge:g}" for edge in ASPECT_EDGES]
+        between = [f"{a} to {b}" for a, b in zip(edges, edges[1:], strict=False)]
+        labels = [f"below {edges[0]}", *between, f"over {edges[-1]}"]
+        report.aspects = dict(zip(labels, bins.tolist(), strict=True))
+    return report
+
+
+def _hints(sources: dict[str, Source], learnt: Source | None) -> list[str]:
+    hints = []
+    if learnt is not None and len(learnt):
+        counts = learnt.counts()
+        most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max() + 1).argmin())
+        if counts[most] > UNBALANCED * counts[least]:
+            hints.append(
+                f"very unequal classes: {counts[most]} pictures of {learnt.class_names[most]}, "
+                f"{counts[least]} of {learnt.class_names[least]}; look at the recall of each class"
+            )
+        few = [name for name, count in zip(learnt.class_names, counts, strict=True) if 0 < count < FEW]
+        if few:
+            hints.append(f"fewer than {FEW} pictures to learn from: {', '.join(few)}; start from trained weights")
+    for split in ("val", "test"):
+        if split in sources:
+            empty = [n for n, c in zip(sources[split].class_names, sources[split].counts(), strict=True) if not c]
+            if empty and len(sources[split]):
+                hints.append(f"no pictures in {split} of {', '.join(empty)}; their accuracy cannot be measured")
+    return hints
+
+
+def _three(values: tuple[int, int, int] | None) -> str:
+    return ", ".join(map(str, values)) if values else "-"
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count / of:.0%}" if of else "-"

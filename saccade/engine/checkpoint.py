@@ -1,0 +1,157 @@
+"""The state of a run on disk: whole at any moment, the last two kept, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from saccade.engine.distributed import World, agree, barrier
+from saccade.engine.ema import Ema
+from saccade.errors import UserError
+from saccade.weights.model_file import sync_folder
+
+KEEP = 2
+_NAME = re.compile(r"step-(\d{9})(\.pt)?$")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, the newest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.match(path.name)]
+    return sorted(found, key=lambda path: path.name[:14], reverse=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    progress: dict[str, Any],
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: Ema | None,
+    world: World,
+    sharded: bool,
+) -> None:
+    """Write under a temporary name, sync, rename; then remove all but the last two. A full disk is a UserError."""
+    failure = ""
+    try:
+        if sharded:
+            _save_sharded(folder, step, progress, model, optimizers, ema, world)
+        elif world.is_main:
+            state = {
+                "progress": progress,
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "ema": None if ema is None else ema.average,
+            }
+            _save_file(folder / f"step-{step:09d}.pt", state)
+        if world.is_main:
+            for old in list_checkpoints(folder)[KEEP:]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        failure = str(error)
+    if agree([bool(failure)], world)[0]:
+        raise UserError(
+            f"{folder}: the state at step {step} cannot be saved ({failure or 'another process failed'}). The run ends here; "
+            "free space or make the folder writable, then continue with `saccade train --resume`"
+        )
+
+
+def _save_file(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError):
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _sharded_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: Ema | None) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizers": get_optimizer_state_dict(model, optimizers),
+        **({} if ema is None else {"ema": ema.average}),
+    }
+
+
+def _save_sharded(
+    folder: Path,
+    step: int,
+    progress: dict[str, Any],
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: Ema | None,
+    world: World,
+) -> None:
+    temporary, path = folder / f".step-{step:09d}.tmp", folder / f"step-{step:09d}"
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    barrier(world)
+    dcp.save(_sharded_state(model, optimizers, ema), checkpoint_id=temporary)
+    if world.is_main:
+        _save_file(temporary / "progress.pt", progress)
+        for file in temporary.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        sync_folder(folder)
+    barrier(world)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: Ema | None
+) -> dict[str, Any]:
+    """Put a saved state into model, optimizers and average, strictly; returns the progress that was saved with it."""
+    if path.is_dir():
+        progress = _read(path / "progress.pt")
+        state = _sharded_state(model, optimizers, ema)
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except (dcp.CheckpointException, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read or does not fit this run ({error})") from None
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizers, optim_state_dict=state["optimizers"])
+        if ema is not None:
+            ema.load(state["ema"])
+        return progress
+    state = _read(path)
+    try:
+        model.load_state_dict(state["model"])
+        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        if ema is not None:
+            ema.load(state["ema"])
+        return state["progress"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: the state does not fit the model and optimizer of this run ({error})") from None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "WeightsUnpickler" in str(error) or "weights_only" in str(error).lower():
+            raise UserError(f"{path}: holds code besides numbers, or is damaged. It was not executed; delete the file") from None
+        raise UserError(f"{path}: damaged ({error}); delete it, the one before it will be used") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: truncated or damaged ({error}); delete it, the one before it will be used") from None

@@ -1,0 +1,62 @@
+"""Run a model over a source and count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.config import PreprocessingConfig
+from saccade.data.sample import Batch
+from saccade.engine import distributed
+from saccade.engine.device import autocast
+from saccade.engine.distributed import World
+
+
+class Normalise:
+    """uint8 pictures -> the floats a model was trained on; on the device, once."""
+
+    def __init__(self, preprocessing: PreprocessingConfig, device: torch.device):
+        self.mean = 255 * torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
+        self.scale = 1 / (255 * torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) * self.scale
+
+
+def evaluate_batches(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    task: Any,
+    normalise: Normalise,
+    device: torch.device,
+    precision: torch.dtype,
+    world: World,
+    progress: Callable[[int], None] | None = None,
+    unreadable: list[str] | None = None,
+) -> Any:
+    """The task's report over all batches of all processes. Leaves the network in the mode in which it found it.
+
+    What is wrong with pictures that cannot be read is added to `unreadable`; they do not count in the report.
+    """
+    was_training = network.training
+    network.eval()
+    metric = task.metric()
+    with torch.inference_mode():
+        for batch in batches:
+            batch = batch.to(device)
+            with autocast(device, precision):
+                outputs = network(normalise(batch.images))  # also of an empty batch: sharded processes must keep step
+            if unreadable is not None:
+                unreadable += [what for _, what in batch.unreadable]
+            if len(batch.indices):
+                task.update(metric, outputs, batch.targets)
+            if progress is not None:
+                progress(len(batch.indices) + len(batch.unreadable))
+    network.train(was_training)
+    for rank, state in enumerate(distributed.gather(metric.state(), world)):
+        if rank != world.rank:
+            metric.merge(state)
+    return metric.compute()

@@ -1,0 +1,74 @@
+"""Which parameter moves by which rule, and how far at which step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.config import OptimizerConfig, ScheduleConfig
+from saccade.models.classifier import Classifier
+
+
+def build_optimizers(model: Classifier, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Muon is https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size (https://arxiv.org/abs/2502.16982), so
+    that one learning rate serves both. Layer-wise decay is https://arxiv.org/abs/2106.08254.
+    """
+    adam: dict[tuple[float, float], list[nn.Parameter]] = {}
+    muon: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = model.depth_of(name)
+        lr_scale = config.layer_decay ** (model.depth - depth)
+        decay = config.weight_decay if decays(name, parameter) else 0.0
+        hidden = parameter.ndim == 2 and 0 < depth < model.depth and decays(name, parameter)
+        groups = muon if config.name == "muon" and hidden else adam
+        groups.setdefault((lr_scale, decay), []).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = []
+    if adam:
+        betas = (config.beta1, config.beta2)
+        optimizers.append(torch.optim.AdamW(_groups(adam), lr=0.0, betas=betas, fused=_can_fuse(model)))
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                _groups(muon), lr=0.0, momentum=config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Weight decay is for matrices and kernels: not for biases, norms, scales, tokens and positions."""
+    return parameter.ndim > 1 and not name.endswith(("class_token", "registers", "positions.table"))
+
+
+def _groups(by_setting: dict[tuple[float, float], list[nn.Parameter]]) -> list[dict[str, Any]]:
+    return [
+        {"params": parameters, "lr_scale": lr_scale, "weight_decay": decay}
+        for (lr_scale, decay), parameters in by_setting.items()
+    ]
+
+
+def _can_fuse(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type in ("cpu", "cuda")
+
+
+def lr_share(step: int, total: int, config: ScheduleConfig) -> float:
+    """The share of the highest learning rate at a step (from 0): linear warm-up, then a cosine down to `final`."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,184 @@
+"""A trained model and its predictions for pictures in any form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from saccade.config import DataConfig, PreprocessingConfig, RunConfig
+from saccade.data.buckets import assign, bucket_shapes
+from saccade.data.decode import RESAMPLE, Box, Picture, PictureError
+from saccade.data.sources import find_pictures
+from saccade.data.transforms import central_box, to_tensor
+from saccade.engine.device import autocast, choose_device, choose_precision
+from saccade.engine.evaluate import Normalise
+from saccade.errors import UserError
+from saccade.explain import attention_rollout
+from saccade.models.classifier import Classifier
+from saccade.predictions import Classification
+from saccade.tasks.classification import ClassificationTask, probabilities
+from saccade.weights.load import load_network
+from saccade.weights.model_file import ModelCard
+
+PictureInput = str | Path | Image.Image | np.ndarray | Tensor
+READ_AHEAD = 8  # batches that are sorted by shape at a time
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with all that is needed to use it on pictures."""
+
+    network: Classifier  # normalised float images (B, 3, H, W) -> outputs with .logits (B, K)
+    card: ModelCard
+    device: torch.device
+    precision: torch.dtype
+
+    @classmethod
+    def load(cls, source: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
+        """From a run folder or a model file."""
+        network, card = load_network(source)
+        place = choose_device(device)
+        return cls(network.to(place), card, place, choose_precision(precision, place))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.card.class_names
+
+    @property
+    def preprocessing(self) -> PreprocessingConfig:
+        return self.card.preprocessing
+
+    @property
+    def task(self) -> ClassificationTask:
+        return ClassificationTask(self.class_names, RunConfig(data="", preprocessing=self.preprocessing))
+
+    def predict(
+        self, inputs: PictureInput | Sequence[PictureInput], *, batch_size: int = 64, attention: bool = False
+    ) -> list[Classification]:
+        """Classify files, folders, PIL images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), in the order given.
+
+        Arrays and tensors are uint8, or floats from 0 to 1. With `attention`, each result carries the attention rollout.
+        A picture that cannot be read is a UserError that names it.
+        """
+        failed: list[str] = []
+        results = list(self.stream(inputs, batch_size=batch_size, attention=attention, failed=failed))
+        if failed:
+            raise UserError("\n".join(failed))
+        return results
+
+    def stream(
+        self,
+        inputs: PictureInput | Sequence[PictureInput],
+        *,
+        batch_size: int = 64,
+        attention: bool = False,
+        failed: list[str],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Classification]:
+        """As `predict`, one after the other while it goes; what is wrong with unreadable ones is added to `failed`."""
+        places = list_inputs(inputs)
+        for start in range(0, len(places), batch_size * READ_AHEAD):
+            part = places[start : start + batch_size * READ_AHEAD]
+            opened: list[Picture] = []
+            for name, value in part:
+                try:
+                    opened.append(open_picture(name, value))
+                except PictureError as error:
+                    failed.append(str(error))
+            yield from self._predict_pictures(opened, batch_size, attention, failed)
+            if progress is not None:
+                progress(start + len(part), len(places))
+
+    def _predict_pictures(
+        self, pictures: list[Picture], batch_size: int, attention: bool, failed: list[str]
+    ) -> list[Classification]:
+        shapes = bucket_shapes(self.preprocessing)
+        buckets = assign(np.array([picture.size for picture in pictures]).reshape(-1, 2), shapes)
+        results: dict[int, Classification] = {}
+        for bucket in np.unique(buckets):
+            members = np.flatnonzero(buckets == bucket)
+            for start in range(0, len(members), batch_size):
+                part = [int(i) for i in members[start : start + batch_size]]
+                results.update(self._predict_batch(pictures, part, shapes[bucket], attention, failed))
+        return [results[i] for i in sorted(results)]
+
+    def _predict_batch(
+        self, pictures: list[Picture], part: list[int], shape: tuple[int, int], attention: bool, failed: list[str]
+    ) -> dict[int, Classification]:
+        """Classify pictures of one shape (H, W)."""
+        preprocessing = self.preprocessing
+        tensors: dict[int, Tensor] = {}
+        boxes: dict[int, Box] = {}
+        for i in part:
+            boxes[i] = central_box(pictures[i].size, shape, preprocessing.crop)
+            try:
+                tensors[i] = to_tensor(pictures[i].crop(boxes[i], shape, RESAMPLE[preprocessing.interpolation]))
+            except PictureError as error:
+                failed.append(str(error))
+        if not tensors:
+            return {}
+        images = Normalise(preprocessing, self.device)(torch.stack(list(tensors.values())).to(self.device))
+        with torch.inference_mode():
+            with autocast(self.device, self.precision):
+                shares = probabilities(self.network(images)).cpu().numpy()  # (B, K)
+            maps = attention_rollout(self.network.backbone.trace(images)).cpu().numpy() if attention else None
+        return {
+            i: self._describe(pictures[i], shares[b], boxes[i], None if maps is None else maps[b])
+            for b, i in enumerate(tensors)
+        }
+
+    def _describe(self, picture: Picture, shares: np.ndarray, box: Box, heat: np.ndarray | None) -> Classification:
+        best = np.argsort(-shares, kind="stable")[:5]
+        return Classification(
+            label=self.class_names[best[0]],
+            score=float(shares[best[0]]),
+            top=tuple((self.class_names[k], float(shares[k])) for k in best),
+            probabilities=shares,
+            source=picture.name,
+            image=picture.whole() if heat is not None else None,
+            attention=heat,
+            region=box,
+        )
+
+
+def list_inputs(inputs: PictureInput | Sequence[PictureInput]) -> list[tuple[str, PictureInput]]:
+    """Each picture with a name for messages; folders become the pictures in them."""
+    several = inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str) else [inputs]
+    if isinstance(inputs, np.ndarray | Tensor) and inputs.ndim == 4:
+        several = list(inputs)
+    listed: list[tuple[str, PictureInput]] = []
+    for i, value in enumerate(several):
+        if isinstance(value, str | Path):
+            listed += [(str(path), path) for path in find_pictures([value])]
+        else:
+            listed.append((f"image {i + 1}", value))
+    return listed
+
+
+def open_picture(name: str, value: PictureInput) -> Picture:
+    if isinstance(value, str | Path):
+        try:
+            data = Path(value).read_bytes()
+        except OSError as error:
+            raise PictureError(name, f"cannot be read ({error.strerror})") from None
+        return Picture(data, name, DataConfig().max_pixels)
+    if isinstance(value, Image.Image):
+        return Picture.from_image(value, name)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+        value = value.transpose(1, 2, 0) if value.ndim == 3 else value
+    if value.ndim == 3 and value.shape[2] == 1:
+        value = value[..., 0]
+    if value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (3, 4)):
+        raise UserError(f"{name}: shape {value.shape}; give (H, W, 3), (H, W) or a tensor (3, H, W)")
+    if value.dtype != np.uint8:
+        if not np.issubdtype(value.dtype, np.floating) or value.min() < 0 or value.max() > 1:
+            raise UserError(f"{name}: {value.dtype} from {value.min()} to {value.max()}; give uint8, or floats from 0 to 1")
+        value = np.round(255 * value).astype(np.uint8)
+    return Picture.from_image(Image.fromarray(value), name)

@@ -1,0 +1,647 @@
+"""The training loop, whole and in one place.
+
+Exactness: every random number comes from (seed, step) or (seed, epoch, sample), so the state of a run is its weights,
+average, optimizer state and step number; a run continued from them takes the same path, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from saccade.config import RunConfig, load_config
+from saccade.data.loader import batches_per_epoch, eval_batches, measure_sizes, train_batches
+from saccade.data.sample import Batch
+from saccade.data.sources import Splits, open_splits
+from saccade.engine import distributed
+from saccade.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from saccade.engine.device import autocast, choose_device, choose_precision
+from saccade.engine.distributed import World
+from saccade.engine.ema import Ema
+from saccade.engine.evaluate import Normalise, evaluate_batches
+from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
+from saccade.engine.progress import RunTable, clock
+from saccade.errors import UserError
+from saccade.models.classifier import Classifier
+from saccade.tasks.classification import ClassificationTask
+from saccade.weights.load import initial_network
+from saccade.weights.model_file import ModelCard, save_model, write_atomically
+
+SAVING_SHARE = 0.01  # of the run's time, at most, unless the interval was given
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when a run starts and kept when it is resumed. Stored as `plan.json`."""
+
+    total_steps: int
+    batches_per_epoch: int
+    batch_size: int
+    precision: str
+    class_names: tuple[str, ...]
+    data_hash: str
+    world_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
+
+
+@dataclass
+class Progress:
+    """How far a run has come, apart from its tensors. Saved with them."""
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    faults_in_row: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`metrics` are those of the kept model on the validation split."""
+
+    folder: Path
+    finished: bool
+    steps: int
+    metrics: dict[str, float]
+    unreadable: dict[str, str]
+    signal: int | None = None
+
+
+@dataclass
+class Session:
+    """Everything that is built anew whenever a run starts or is resumed."""
+
+    config: RunConfig
+    world: World
+    device: torch.device
+    precision: torch.dtype
+    task: ClassificationTask
+    splits: Splits
+    train_sizes: np.ndarray
+    val_sizes: np.ndarray
+    model: Classifier  # holds the parameters
+    network: nn.Module  # the model as it is called: wrapped, compiled
+    optimizers: list[torch.optim.Optimizer]
+    normalise: Normalise
+
+    @property
+    def sharded(self) -> bool:
+        return self.world.size > 1 and self.config.distributed.strategy == "fsdp"
+
+    def train_batches(self, start: int, stop: int | None) -> Iterator[Batch]:
+        config = self.config
+        return train_batches(
+            self.splits.train,
+            self.train_sizes,
+            self.task.train_transform,
+            self.task.train_collate,
+            preprocessing=config.preprocessing,
+            data=config.sources,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=start,
+            stop=stop,
+            workers=config.workers,
+            rank=self.world.rank,
+            world=self.world.size,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def eval_batches(self) -> Iterator[Batch]:
+        config = self.config
+        return eval_batches(
+            self.splits.val,
+            self.val_sizes,
+            self.task.eval_transform,
+            self.task.eval_collate,
+            preprocessing=config.preprocessing,
+            data=config.sources,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+
+
+def train(config: RunConfig, *, resume: bool = False, show: bool = True) -> TrainResult:
+    """Run, or continue, one training. Returns when it is finished or was stopped by SIGINT or SIGTERM."""
+    began = time.monotonic()
+    world = distributed.start()
+    try:
+        folder = Path(config.out)
+        if not resume and world.is_main:
+            make_run_folder(folder, config)
+        distributed.barrier(world)
+        session = open_session(config, world)
+        plan = load_plan(folder, session) if resume and (folder / "plan.json").exists() else None
+        if plan is None:
+            plan = make_plan(session, began, show and world.is_main)
+            if world.is_main:
+                write_atomically(folder / "plan.json", (json.dumps(plan.__dict__, indent=2) + "\n").encode())
+        return run(session, plan, folder, show and world.is_main)
+    finally:
+        distributed.finish(world)
+
+
+def resume_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
+    """The settings of a run that is to be continued. Only what changes no result may be changed."""
+    config = load_config(folder / "config.json")
+    fixed = sorted(set(changes) - {"workers", "checkpoint_seconds", "data", "val", "device"})
+    if fixed:
+        raise UserError(
+            f"{folder}: {', '.join(fixed)} cannot change when a run is continued, which must end as if it had never stopped; "
+            "start a new run (with --weights to begin from this one)"
+        )
+    return config.model_copy(update={**changes, "out": str(folder)})
+
+
+def make_run_folder(folder: Path, config: RunConfig) -> None:
+    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"{folder}: already holds a run; continue it with --resume {folder}, or choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another --out")
+    try:
+        (folder / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
+    write_atomically(folder / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
+
+
+def open_session(config: RunConfig, world: World) -> Session:
+    distributed.check_batch_size(config.batch_size, world)
+    device = choose_device(config.device, world.local_rank)
+    precision = choose_precision(config.precision, device)
+    sources = config.sources
+    splits = open_splits(
+        Path(config.data), val=config.val, val_fraction=sources.val_fraction, seed=sources.split_seed
+    )
+    seed_everything(config.seed, 0, 0)  # the same initial weights in every process
+    task = ClassificationTask(splits.train.class_names, config)
+    model, notes = initial_network(config, splits.train.class_names)
+    splits.notes.extend(notes)
+    model.to(device)
+    if config.train_part == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not model.in_backbone(name))
+    network = distributed.wrap(model, model.backbone.blocks, config.distributed.strategy, device, world)
+    return Session(
+        config=config,
+        world=world,
+        device=device,
+        precision=precision,
+        task=task,
+        splits=splits,
+        train_sizes=measure_sizes(splits.train, sources),
+        val_sizes=measure_sizes(splits.val, sources),
+        model=model,
+        network=torch.compile(network) if config.compile else network,  # pyright: ignore[reportArgumentType]
+        optimizers=build_optimizers(model, config.optimizer),
+        normalise=Normalise(config.preprocessing, device),
+    )
+
+
+def make_plan(session: Session, began: float, show: bool) -> Plan:
+    """Fix the number of steps: given, from epochs, or from minutes by measuring this machine's speed."""
+    config = session.config
+    per_epoch = batches_per_epoch(session.train_sizes, config.batch_size, config.preprocessing)
+    if config.steps is not None:
+        total = config.steps
+    elif config.minutes is not None:
+        total = steps_within(session, config.minutes * 60, began, show)
+    else:
+        total = max(1, round((config.epochs or 100) * per_epoch / config.optimizer.accumulate))
+    return Plan(
+        total_steps=distributed.from_main(total, session.world),
+        batches_per_epoch=per_epoch,
+        batch_size=config.batch_size,
+        precision="float32" if session.precision == torch.float32 else "bfloat16",
+        class_names=session.splits.train.class_names,
+        data_hash=data_hash(session.splits),
+        world_size=session.world.size,
+    )
+
+
+def load_plan(folder: Path, session: Session) -> Plan:
+    """The plan of a run that is continued; data or machine that would change the result are refused."""
+    try:
+        values = json.loads((folder / "plan.json").read_text())
+        plan = Plan(**{**values, "class_names": tuple(values["class_names"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'plan.json'}: damaged ({error!r}); the run cannot be continued exactly") from None
+    if plan.data_hash != data_hash(session.splits):
+        raise UserError(f"{session.config.data}: is not the data that {folder} began with (files or labels differ)")
+    if plan.world_size != session.world.size:
+        raise UserError(f"{folder}: was begun with {plan.world_size} processes, not {session.world.size}; use as many")
+    return plan
+
+
+def data_hash(splits: Splits) -> str:
+    """Of the order and labels of all samples, by which a resumed run knows its data again."""
+    digest = hashlib.sha256()
+    for source in (splits.train, splits.val):
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+        for i in range(len(source)):
+            digest.update(Path(source.id(i)).name.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def steps_within(session: Session, seconds: float, began: float, show: bool) -> int:
+    """How many steps fit: takes real steps for a few seconds, evaluates once, and puts everything back as it was."""
+    config, table = session.config, RunTable(1, 0, show=show)
+    weights = copy.deepcopy(session.model.state_dict())
+    probe = min(20.0, max(2.0, 0.04 * seconds))
+    batches = session.train_batches(0, None)
+    set_lr(session.optimizers, 0.0)
+    for _ in range(2):
+        train_step(session, batches, 0)
+    start, steps = time.monotonic(), 0
+    while distributed.agree([time.monotonic() - start < probe], session.world)[0]:
+        train_step(session, batches, 0)
+        steps += 1
+    per_step = (time.monotonic() - start) / steps
+    del batches
+    start = time.monotonic()
+    evaluate(session)
+    per_evaluation = time.monotonic() - start
+    session.model.load_state_dict(weights)
+    for optimizer in session.optimizers:
+        optimizer.state = defaultdict(dict)
+        optimizer.zero_grad(set_to_none=True)
+    left = seconds - (time.monotonic() - began) - (config.evaluations + 1) * per_evaluation
+    total = max(1, int(0.97 * left / per_step))
+    table.say(f"measured {per_step:.3f} s a step, {per_evaluation:.1f} s an evaluation: {total} steps in {clock(seconds)}")
+    return total
+
+
+def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
+    """The loop: batches -> losses -> gradients -> step -> average; evaluations and saves between."""
+    config, world = session.config, session.world
+    session.precision = plan.dtype
+    ema = None if config.ema.decay is None else Ema(session.model, config.ema.decay)
+    progress = restore(session, folder, ema, show)
+    first_step = progress.step
+    evaluate_at = {round(plan.total_steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+    epoch_ends = EpochEnds(plan, config.optimizer.accumulate)
+    writer = open_writer(folder, first_step) if world.is_main else None
+    batches = session.train_batches(first_step * config.optimizer.accumulate, plan.total_steps * config.optimizer.accumulate)
+    saver = Saver(session, folder, ema, config.checkpoint_seconds)
+    pictures, clock_start = 0, time.monotonic()
+    with RunTable(plan.total_steps, first_step, show=show) as table, stop_signals() as stop:
+        announce(table, session, plan, first_step)
+        while progress.step < plan.total_steps:
+            step = progress.step
+            lr = config.lr * lr_share(step, plan.total_steps, config.schedule)
+            set_lr(session.optimizers, lr)
+            result = train_step(session, batches, step)
+            pictures += result.pictures * world.size
+            note_unreadable(progress, session, result.unreadable, table)
+            progress.step = step + 1
+            if result.fault:
+                progress.faults_in_row += 1
+                note_fault(progress, session, folder, step, result, config.max_faults, table)
+            else:
+                progress.faults_in_row = 0
+                progress.loss_sum += result.loss
+                progress.loss_count += 1
+                if ema is not None:
+                    ema.update(step)
+            speed = pictures / (time.monotonic() - clock_start)
+            table.step(progress.step, result.loss, speed)
+            if writer is not None:
+                writer.add_scalar("train/loss", result.loss, step)
+                writer.add_scalar("train/lr", lr, step)
+                writer.add_scalar("train/grad_norm", result.grad_norm, step)
+            done = progress.step
+            if done in evaluate_at or done == plan.total_steps:
+                evaluate_and_keep(session, plan, folder, ema, progress, lr, table, writer)
+            interrupted, due = distributed.agree([stop.number is not None, saver.due()], world)
+            if due or interrupted or done in evaluate_at or done in epoch_ends or done == plan.total_steps:
+                if due or interrupted or done == plan.total_steps or saver.cheap():
+                    saver.save(progress)
+            if interrupted:
+                table.say(f"stopped at step {done} of {plan.total_steps}; continue with: saccade train --resume {folder}")
+                return finish(session, folder, progress, writer, finished=False, signal_number=stop.number)
+        table.say(f"finished in {clock(time.monotonic() - clock_start)}; the model is {folder / 'model.safetensors'}")
+    return finish(session, folder, progress, writer, finished=True, signal_number=None)
+
+
+@dataclass
+class StepResult:
+    loss: float
+    grad_norm: float
+    fault: str
+    pictures: int
+    indices: list[int]
+    unreadable: list[tuple[int, str]]
+
+
+def train_step(session: Session, batches: Iterator[Batch], step: int) -> StepResult:
+    """One optimizer step over `accumulate` batches. With a fault, nothing has changed afterwards."""
+    config, device = session.config, session.device
+    accumulate = config.optimizer.accumulate
+    group = [next(batches) for _ in range(accumulate)]
+    seed_everything(config.seed, 1 + step, session.world.rank)
+    buffers = [buffer.clone() for buffer in session.model.buffers()]
+    session.network.train()
+    if config.train_part == "head":
+        session.model.backbone.eval()  # a frozen backbone's statistics stay, too
+    loss_sum, fault, grad_norm = 0.0, "", math.nan
+    for batch in group:
+        batch = batch.to(device)
+        with autocast(device, session.precision):
+            outputs = session.network(session.normalise(batch.images))
+        losses = session.task.losses(outputs, batch.targets)
+        loss = torch.stack(list(losses.values())).sum() / accumulate
+        loss_sum += loss.item()
+        finite = not distributed.agree([not math.isfinite(loss_sum)], session.world)[0]
+        if not finite:
+            fault = "loss"
+            break
+        loss.backward()
+    if not fault:
+        parameters = [p for p in session.model.parameters() if p.grad is not None]
+        limit = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # pyright: ignore
+        fault = "" if math.isfinite(grad_norm) else "gradient"
+    if fault:
+        for buffer, kept in zip(session.model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+    else:
+        for optimizer in session.optimizers:
+            optimizer.step()
+    for optimizer in session.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    indices = [int(i) for batch in group for i in batch.indices]
+    unreadable = [entry for batch in group for entry in batch.unreadable]
+    mean_loss = distributed.mean(loss_sum, session.world)
+    return StepResult(mean_loss, grad_norm, fault, len(indices), indices, unreadable)
+
+
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Dropout and stochastic depth of a step depend on nothing but the seed, the step and the process."""
+    number = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1
+    torch.manual_seed(number)
+    random.seed(number)
+
+
+def evaluate(session: Session) -> Any:
+    if session.sharded:
+        distributed.same_buffers(session.model, session.world)
+    return evaluate_batches(
+        session.network,
+        session.eval_batches(),
+        session.task,
+        session.normalise,
+        session.device,
+        session.precision,
+        session.world,
+    )
+
+
+def evaluate_and_keep(
+    session: Session, plan: Plan, folder: Path, ema: Ema | None, progress: Progress, lr: float, table: RunTable, writer: Any
+) -> None:
+    """Evaluate the averaged weights, write the figures down, keep the model if it is the best so far."""
+    if ema is None:
+        keep_if_best(session, plan, folder, progress, lr, table, writer)
+        return
+    with ema.applied():
+        keep_if_best(session, plan, folder, progress, lr, table, writer)
+
+
+def keep_if_best(
+    session: Session, plan: Plan, folder: Path, progress: Progress, lr: float, table: RunTable, writer: Any
+) -> None:
+    scalars = session.task.scalars(evaluate(session))
+    epoch = progress.step * session.config.optimizer.accumulate / plan.batches_per_epoch
+    row = {
+        "step": float(progress.step),
+        "epoch": epoch,
+        "lr": lr,
+        "train_loss": progress.loss_sum / progress.loss_count if progress.loss_count else math.nan,
+        **{f"val_{name}": value for name, value in scalars.items()},
+    }
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    progress.rows.append(row)
+    score = scalars[session.task.best]
+    is_best = score >= progress.best
+    if is_best:
+        progress.best, progress.best_step = score, progress.step
+        weights = full_weights(session)
+        if session.world.is_main:
+            save_model(folder / "model.safetensors", weights, describe(session, plan, scalars, progress.step))
+    if session.world.is_main:
+        write_rows(folder / "metrics.csv", progress.rows)
+        for name, value in scalars.items():
+            writer.add_scalar(f"val/{name}", value, progress.step)
+    table.row(progress.step, epoch, {name: value for name, value in row.items() if name not in ("step", "epoch")}, is_best)
+
+
+def full_weights(session: Session) -> dict[str, torch.Tensor]:
+    if not session.sharded:
+        return session.model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(session.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def describe(session: Session, plan: Plan, scalars: dict[str, float], step: int) -> ModelCard:
+    from saccade import __version__
+
+    config = session.config
+    start = f"weights {config.weights}" if config.weights else "random weights"
+    return ModelCard(
+        task=config.task,
+        model=config.model,
+        class_names=plan.class_names,
+        preprocessing=config.preprocessing,
+        network=config.network,
+        metrics=scalars,
+        training_data=f"{Path(config.data).name}, {len(session.splits.train)} pictures, sha256 {plan.data_hash[:16]}",
+        provenance=f"saccade train from {start}, seed {config.seed}, step {step} of {plan.total_steps}",
+        library_version=__version__,
+    )
+
+
+def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    """All rows so far as CSV. No times are in it: a resumed run writes the same bytes."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [",".join(names)] + [",".join(repr(row[name]) if name in row else "" for name in names) for row in rows]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def note_unreadable(
+    progress: Progress, session: Session, unreadable: list[tuple[int, str]], table: RunTable
+) -> None:
+    """Report a picture that cannot be decoded once, and count it."""
+    for index, what in unreadable:
+        name = session.splits.train.id(index)
+        if name not in progress.unreadable:
+            progress.unreadable[name] = what
+            table.say(f"left out: {what}")
+    if len(progress.unreadable) >= len(session.splits.train):
+        raise UserError(f"{session.config.data}: no training picture can be read; see `saccade inspect`")
+
+
+def note_fault(
+    progress: Progress, session: Session, folder: Path, step: int, result: StepResult, limit: int, table: RunTable
+) -> None:
+    """Write the samples of a step with a non-finite loss or gradient to `faults.jsonl`; stop after several in a row."""
+    ids = [session.splits.train.id(i) for i in result.indices]
+    everywhere = [name for part in distributed.gather(ids, session.world) for name in part]
+    loss = repr(result.loss)  # NaN and infinity are not JSON
+    progress.faults.append({"step": step, "fault": result.fault, "loss": loss, "samples": everywhere})
+    path = folder / "faults.jsonl"
+    if session.world.is_main:
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in progress.faults).encode())
+    table.say(f"step {step}: {result.fault} is not finite (loss {loss}); weights unchanged, samples in {path}")
+    if progress.faults_in_row >= limit:
+        raise UserError(
+            f"{folder}: {limit} steps in a row with a non-finite {result.fault}. The samples are in {path}; if they are "
+            "sound, lower --lr or use --precision float32. The last good state is kept"
+        )
+
+
+def restore(session: Session, folder: Path, ema: Ema | None, show: bool) -> Progress:
+    """The newest checkpoint that is whole; a damaged one is passed over with a word, and the one before it used."""
+    faults = []
+    for path in list_checkpoints(folder / "checkpoints"):
+        try:
+            values = load_checkpoint(path, session.model, session.optimizers, ema)
+            return Progress(**values)
+        except UserError as error:
+            faults.append(str(error))
+            RunTable(1, 0, show=show).say(f"passed over: {error}")
+    if faults:
+        raise UserError(f"{folder}: no checkpoint can be used:\n  " + "\n  ".join(faults))
+    return Progress()
+
+
+def announce(table: RunTable, session: Session, plan: Plan, first_step: int) -> None:
+    config, splits = session.config, session.splits
+    parameters = sum(p.numel() for p in session.model.parameters())
+    table.say(
+        f"{'continuing at step ' + str(first_step) + ': ' if first_step else ''}{config.model} ({parameters / 1e6:.1f} M "
+        f"parameters, {plan.precision}) on {len(splits.train)} pictures of {len(plan.class_names)} classes, "
+        f"{len(splits.val)} for validation; {plan.total_steps} steps of {config.batch_size} pictures, "
+        f"about {config.preprocessing.image_size} px; folder {config.out}"
+    )
+    for note in splits.notes:
+        table.say(f"note: {note}")
+
+
+class Saver:
+    """Decides when the state is due to be saved, and saves it."""
+
+    def __init__(self, session: Session, folder: Path, ema: Ema | None, interval: float | None):
+        self.session, self.folder, self.ema = session, folder / "checkpoints", ema
+        self.given = interval
+        self.began = self.last = time.monotonic()
+        self.spent = 0.0
+        self.cost = 0.0
+
+    def due(self) -> bool:
+        if not self.session.world.is_main:
+            return False
+        interval = max(60.0, self.cost / SAVING_SHARE) if self.given is None else self.given
+        return time.monotonic() - self.last >= interval
+
+    def cheap(self) -> bool:
+        """May the state be saved at an epoch end within the share of time that saving may take? All processes agree."""
+        used = self.spent + self.cost <= SAVING_SHARE * (time.monotonic() - self.began)
+        return distributed.from_main(used, self.session.world)
+
+    def save(self, progress: Progress) -> None:
+        start = time.monotonic()
+        session = self.session
+        save_checkpoint(
+            self.folder,
+            progress.step,
+            copy.deepcopy(progress.__dict__),
+            session.model,
+            session.optimizers,
+            self.ema,
+            session.world,
+            session.sharded,
+        )
+        self.last = time.monotonic()
+        self.cost = self.last - start
+        self.spent += self.cost
+
+
+class EpochEnds:
+    """The numbers of steps at which an epoch ends."""
+
+    def __init__(self, plan: Plan, accumulate: int):
+        self.per_epoch, self.accumulate = plan.batches_per_epoch, accumulate
+
+    def __contains__(self, done: int) -> bool:
+        before, after = (done - 1) * self.accumulate // self.per_epoch, done * self.accumulate // self.per_epoch
+        return after > before
+
+
+@dataclass
+class StopRequest:
+    number: int | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM ask for a stop after the step in progress; a second one stops at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if request.number is not None:
+            raise KeyboardInterrupt
+        request.number = number
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def open_writer(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "events"), purge_step=step or None)
+
+
+def finish(
+    session: Session, folder: Path, progress: Progress, writer: Any, *, finished: bool, signal_number: int | None
+) -> TrainResult:
+    if writer is not None:
+        writer.close()
+    best = next((row for row in progress.rows if row["step"] == progress.best_step), {})
+    metrics = {name.removeprefix("val_"): value for name, value in best.items() if name.startswith("val_")}
+    return TrainResult(folder, finished, progress.step, metrics, progress.unreadable, signal_number)
+

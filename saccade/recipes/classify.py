@@ -1,0 +1,60 @@
+"""Recipes for classification: a function per regime, from the data to settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saccade.recipes.summary import DataSummary
+
+
+def small_from_scratch(data: DataSummary) -> dict[str, Any]:
+    """A few hundred to some tens of thousands of pictures, nothing pre-trained."""
+    tiny = data.short_side <= 48
+    return {
+        "model": "cct_nano" if tiny else "cct_small",
+        "batch_size": 64,
+        "lr": 2e-3,
+        "optimizer": {"weight_decay": 0.05},
+        "preprocessing": {"image_size": max(8, min(data.short_side, 32)) if tiny else 96},
+        "augment": {"crop_scale": [0.5 if tiny else 0.3, 1.0], "cutmix": 1.0, "mixup": 0.2, "mix_prob": 0.5},
+        "loss": {"label_smoothing": 0.1},
+    }
+
+
+def fine_tune(data: DataSummary) -> dict[str, Any]:
+    """All weights of a pre-trained model, gently: small steps for early layers, https://arxiv.org/abs/2106.08254."""
+    return {
+        "batch_size": 32,
+        "lr": 5e-4,
+        "optimizer": {"weight_decay": 0.05, "layer_decay": 0.75},
+        "network": {"drop_path": 0.1},
+        "augment": {"crop_scale": [0.5, 1.0], "mixup": 0.2, "cutmix": 1.0, "mix_prob": 0.5, "erase": 0.1},
+        "epochs": None,
+    }
+
+
+def linear_probe(data: DataSummary) -> dict[str, Any]:
+    """Only a new head on frozen features: the fastest look at what pre-trained weights know of this data."""
+    return {
+        "train_part": "head",
+        "batch_size": 64,
+        "lr": 3e-3,
+        "optimizer": {"weight_decay": 0.0},
+        "augment": {"crop_scale": [0.6, 1.0], "policy": "none"},
+        "loss": {"label_smoothing": 0.0},
+    }
+
+
+def large(data: DataSummary) -> dict[str, Any]:
+    """A hundred thousand pictures or more from scratch, after https://arxiv.org/abs/2205.01580 (plain ViT-S, 224 px)."""
+    return {
+        "model": "vit_small",
+        "batch_size": 1024,
+        "lr": 1e-3,
+        "optimizer": {"weight_decay": 0.1},
+        "network": {"position": "sinusoidal", "pool": "mean"},
+        "augment": {"crop_scale": [0.05, 1.0], "policy": "rand", "magnitude": 10, "mixup": 0.2},
+        "loss": {"label_smoothing": 0.0},
+        "ema": {"decay": 0.9999},
+        "schedule": {"warmup": 0.1},
+    }

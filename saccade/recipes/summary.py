@@ -1,0 +1,17 @@
+"""What a recipe looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    samples: int
+    classes: int
+    height: int  # median, in pixels
+    width: int
+
+    @property
+    def short_side(self) -> int:
+        return min(self.height, self.width)
