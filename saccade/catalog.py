@@ -33,8 +33,8 @@ def list_models(classes: int = 1000) -> list[ModelFacts]:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(images)
         parameters = sum(p.numel() for p in model.parameters())
-        form = "convolutional stem" if row.stem else f"patches of {row.patch_size}"
-        about = f"{form}, {row.depth} blocks of width {row.dim}, {row.heads} heads"
+        form = "conv stem" if row.stem else f"patch {row.patch_size}"
+        about = f"{form}, {row.depth} x {row.dim}"
         facts.append(ModelFacts(name, parameters, counter.get_total_flops() / 1e9, row.image_size, row.stride, about))
     return facts
 
@@ -47,7 +47,7 @@ def render_models() -> None:
     table.add_column("model", no_wrap=True)
     for column in ("parameters", "GFLOPs", "pixels", "stride"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("blocks x width", no_wrap=True)
     for model in list_models():
         size = f"{model.parameters / 1e6:.1f} M"
         table.add_row(model.name, size, f"{model.gflops:.2f}", f"{model.image_size}", f"{model.stride}", model.about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -105,7 +106,9 @@ def chart_style() -> Iterator[None]:
         "figure.constrained_layout.h_pad": 0.12,
         "figure.facecolor": "white",
     }
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A script without a font shows as boxes; a warning for each of its letters helps nobody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         matplotlib.rcdefaults()
         with matplotlib.rc_context(style):
             yield

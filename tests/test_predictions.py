@@ -12,7 +12,7 @@ from saccade.predictions import Classification, contact_sheet
 def prediction(size: tuple[int, int] = (48, 32), label: str = "daisy", source: str = "a/b/photo.jpg", **changes):
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
-    top = ((label, np.float32(0.7)), ("tulips", 0.2), ("roses", 0.1))
+    top = ((label, float(np.float32(0.7))), ("tulips", 0.2), ("roses", 0.1))
     made = Classification(label, 0.7, top, np.array([0.7, 0.2, 0.1]), source, image, random.random((4, 6)), None)
     return dataclasses.replace(made, **changes)
 

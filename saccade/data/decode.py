@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from saccade.errors import UserError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # MPO comes with JPEG
 SUFFIXES = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -312,7 +312,7 @@ def _what_instead(file: BinaryIO | os.PathLike[str]) -> str:
     else:
         file.seek(0)
         start = file.read(64)
-    known = f"not a picture of a format that is read ({', '.join(f for f in FORMATS if f != 'MPO')})"
+    known = f"not a picture of a format that is read ({', '.join(FORMATS)})"
     if not start:
         return "the file is empty (zero bytes); replace or remove it"
     if start.startswith(_OURS) or start[8:12] == b"WEBP":

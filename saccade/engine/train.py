@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saccade.config import RunConfig, load_config
+from saccade.config import RunConfig, build_config, load_config, merge
 from saccade.data.loader import batches_per_epoch, eval_batches, measure_sizes, train_batches
 from saccade.data.sample import Batch
 from saccade.data.sources import Splits, open_splits
@@ -175,7 +175,7 @@ def resume_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
             f"{folder}: {', '.join(fixed)} cannot change when a run is continued, which must end as if it had never stopped; "
             "start a new run (with --weights to begin from this one)"
         )
-    return config.model_copy(update={**changes, "out": str(folder)})
+    return build_config(merge(config.model_dump(mode="json"), {**changes, "out": str(folder)}))
 
 
 def make_run_folder(folder: Path, config: RunConfig) -> None:

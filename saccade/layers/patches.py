@@ -44,10 +44,11 @@ class ConvStem(nn.Module):
             stages += [_ResidualConv(width) for _ in range(repeats[i] if i < len(repeats) else 0)]
             in_channels = width
         self.stages = nn.Sequential(*stages)
-        self.projection = nn.Conv2d(in_channels, dim, kernel_size=1)
+        self.projection = nn.Linear(in_channels, dim)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        return self.projection(self.stages(images.contiguous(memory_format=torch.channels_last)))
+        maps = self.stages(images.contiguous(memory_format=torch.channels_last))
+        return self.projection(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class _ResidualConv(nn.Module):

@@ -56,7 +56,8 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
     preprocessing["stride"] = row.changed(network).stride
     preprocessing["image_size"] = max(wanted, preprocessing["stride"])
     settings["preprocessing"] = preprocessing
-    settings.setdefault("out", str(free_run_folder(asked.data)))
+    if "out" not in settings:
+        settings["out"] = str(free_run_folder(asked.data))
     if not any(settings.get(key) for key in ("epochs", "minutes", "steps")):
         settings["epochs"] = max(10.0, min(300.0, round(300_000 / max(1, summary.samples))))
     return build_config(settings)
