@@ -1,4 +1,4 @@
-"""Images per second of decode + random resized crop + flip + batch: ours beside torchvision's ImageFolder + transforms.v2.
+"""Pictures per second of decode + random resized crop + flip + batch: ours beside torchvision's transforms.v2.
 
     python benchmarks/loader.py                      # 128-pixel and 4-megapixel JPEGs, made in a temporary folder
     python benchmarks/loader.py --data FOLDER        # your own folder of classes
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,20 +33,22 @@ from saccade.data.sources import open_source
 from saccade.data.transforms import TrainTransform, collate_train
 
 
-def make_photos(folder: Path, size: tuple[int, int], count: int, seed: int = 0) -> None:
-    """Smooth colours with fine texture, as JPEG of quality 90: about as many bytes per pixel as a photograph."""
+def make_photos(folder: Path, size: tuple[int, int], count: int, copies: int, seed: int = 0) -> None:
+    """Smooth colours with fine texture, as JPEG of quality 90; each is written several times for longer epochs."""
     rng = np.random.default_rng(seed)
     h, w = size
     for k in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
+        colors = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse = colors.resize((w, h), Image.Resampling.BICUBIC)
         fine = rng.normal(0, 1, (h // 2 + 1, w // 2 + 1)).astype(np.float32) * 12
         texture = np.asarray(Image.fromarray(fine).resize((w, h), Image.Resampling.BILINEAR))
         pixels = np.clip(np.asarray(coarse, dtype=np.float32) + texture[..., None], 0, 255).astype(np.uint8)
         data = io.BytesIO()
         Image.fromarray(pixels).save(data, "JPEG", quality=90)
-        path = folder / f"class{k % 2}" / f"{k:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.getvalue())
+        for copy in range(copies):
+            path = folder / f"class{k % 2}" / f"{k:05d}_{copy}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data.getvalue())
 
 
 def ours(folder: Path, image_size: int, batch_size: int, pictures: int, workers: int) -> float:
@@ -92,16 +95,18 @@ def torchvisions(folder: Path, image_size: int, batch_size: int, pictures: int, 
 
 def speed(step: Callable[[], int], pictures: int) -> float:
     """Pictures per second, after the batches that workers have read ahead while they started."""
-    warm = step()
+    step()
     done, start = 0, time.perf_counter()
     while done < pictures:
         done += step()
-    assert warm
     return done / (time.perf_counter() - start)
 
 
-def compare(name: str, folder: Path, image_size: int, batch_size: int, pictures: int, workers: int, turns: int) -> dict:
-    mine, theirs = [], []
+def compare(
+    name: str, folder: Path, image_size: int, batch_size: int, pictures: int, workers: int, turns: int
+) -> dict[str, Any]:
+    mine: list[float] = []
+    theirs: list[float] = []
     for turn in range(turns):
         for run, speeds in ((ours, mine), (torchvisions, theirs))[:: 1 if turn % 2 else -1]:
             speeds.append(run(folder, image_size, batch_size, pictures, workers))
@@ -136,8 +141,8 @@ def main() -> None:
             sets = [(args.data.name, args.data, args.image_size or 224, 32)]
         else:
             made = Path(temporary)
-            make_photos(made / "small", (128, 128), 256)
-            make_photos(made / "large", (1632, 2448), 24)
+            make_photos(made / "small", (128, 128), 256, copies=8)
+            make_photos(made / "large", (1632, 2448), 16, copies=8)
             sets = [
                 ("128 x 128", made / "small", args.image_size or 128, 64),
                 ("2448 x 1632 (4 MP)", made / "large", args.image_size or 224, 8),

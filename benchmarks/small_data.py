@@ -178,6 +178,7 @@ def run_peer(name: str, root: Path, data: str, minutes: float, seed: int) -> rep
 
 def run_ours(root: Path, data: str, minutes: float) -> report.Row:
     import saccade
+    from saccade.config import load_config
 
     path = root / data
     with tempfile.TemporaryDirectory() as folder:
@@ -185,13 +186,15 @@ def run_ours(root: Path, data: str, minutes: float) -> report.Row:
         load, start = report.Load(), time.perf_counter()
         result = saccade.train(str(path), minutes=minutes, out=out)
         seconds, others = time.perf_counter() - start, load.others()
-        accuracy = saccade.evaluate(out, str(path / "val" if (path / "val").is_dir() else path)).top1
-        network = saccade.load(out).network
-    metrics = dict(result.metrics)
+        accuracy = 100 * saccade.evaluate(out, str(path / "val" if (path / "val").is_dir() else path)).top1
+        parameters = sum(p.numel() for p in saccade.load(out).network.parameters())
+        config = load_config(Path(out) / "config.json")
+    seen = result.steps * config.batch_size * config.optimizer.accumulate
     return {
-        "name": OURS, "top1": accuracy, "seconds": seconds,
-        "parameters": sum(p.numel() for p in network.parameters()), "others_cores": others,
-        **{key: metrics.get(key) for key in ("steps", "epochs", "images_per_second", "image_size", "workers")},
+        "name": OURS, "top1": accuracy, "seconds": seconds, "steps": result.steps,
+        "epochs": seen / len(open_split(root, data, "train", 32)), "images_per_second": seen / seconds,
+        "parameters": parameters, "image_size": config.preprocessing.image_size, "workers": config.workers,
+        "others_cores": others, "model": config.model,
     }  # fmt: skip
 
 

@@ -41,8 +41,11 @@ def pin(item: dict[str, Any]) -> str:
 
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    items = resolve([".[test]", *project["build-system"]["requires"]])
-    pins = sorted(pin(item) for item in items if item["metadata"]["name"] != project["project"]["name"])
+    extras = [r for extra in project["project"]["optional-dependencies"].values() for r in extra]
+    wanted = project["build-system"]["requires"] + project["project"]["dependencies"] + extras
+    # the project itself: `test` brings the other extras by naming it
+    wanted = [requirement for requirement in wanted if not requirement.startswith(project["project"]["name"] + "[")]
+    pins = sorted(pin(item) for item in resolve(wanted))
     header = HEADER.format(python=platform.python_version(), system=platform.system(), machine=platform.machine())
     (ROOT / "constraints.txt").write_text(header + "".join(pins))
     print(f"constraints.txt: {len(pins)} packages")

@@ -17,12 +17,13 @@ PACKAGE = Path(saccade.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LIMIT = 600  # lines that one file may have
 
-# What each room may import, beside itself, `errors` and `config`. A room that a room on the right may import is written
-# out: nothing is inherited, so that a line says all there is to know about its room.
+# What each room may import, beside itself, `errors` and `config`. Nothing is inherited, so that a line
+# says all there is to know about its room.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
     "drawing": set(),
+    "synthetic": set(),
     "predictions": {"drawing"},
     "layers": set(),
     "backbones": {"layers"},
@@ -34,8 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights.formats": set(),
     "weights": {"layers", "backbones", "models", "catalog"},
     "tasks": {"layers", "backbones", "models", "data", "metrics", "predictions", "drawing", "explain"},
-    "engine": {"models", "tasks", "data", "metrics", "weights", "predictions", "drawing"},
-    "recipes": {"backbones", "models", "catalog", "data", "tasks", "engine"},
+    "engine": {"models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain"},
+    "recipes": {"backbones", "models", "catalog", "data", "weights", "tasks", "engine"},
     "demo": {"*"},
     "api": {"*"},
     "cli": {"*"},
@@ -87,6 +88,8 @@ def test_imports_point_one_way() -> None:
             continue
         for line, name in own_imports(path):
             target = room_of(name)
+            if name == "__version__":
+                continue
             if target not in MAY_IMPORT:  # such as `from saccade import load`, a part of the package's own file
                 target = "__init__"
             allowed = MAY_IMPORT[room] | EVERYWHERE | {room}
@@ -138,7 +141,9 @@ def test_no_bare_except_and_no_keyword_sinks(path: Path) -> None:
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{path}:{node.lineno}: a bare except hides every fault"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.args.kwarg is None, f"{path}:{node.lineno}: {node.name} takes any keyword; name them"
+            # the public `saccade.train(...)` takes all settings by name and has every one of them validated
+            public = dotted(path) == "__init__" and node.name == "train"
+            assert node.args.kwarg is None or public, f"{path}:{node.lineno}: {node.name} takes any keyword; name them"
 
 
 @pytest.mark.parametrize("name", [dotted(path) for path in FILES if dotted(path) not in ("__init__", "__main__")])

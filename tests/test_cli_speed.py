@@ -38,7 +38,7 @@ with open(report, "w") as file:
         (["inspect", "--help"], 0),
         (["models", "--help"], 0),
         (["demo", "--help"], 0),
-        ([], 2),
+        ([], 0),
         (["trian"], 2),
         (["train", "photos", "--epoch", "3"], 2),
         (["train", "photos", "--epochs", "many"], 2),

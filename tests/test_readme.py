@@ -9,9 +9,9 @@ Without such a comment a block is only shown. In a `console` block the lines tha
 that ends in a backslash goes on in the next); all else is their output, which is not compared. A `python` block is one
 program. All blocks of one kind run in their order in one folder, so that a later one finds the run of an earlier one.
 
-The data of the README are replaced by tiny ones: the word `DATA` and any path that ends in `/flowers` by a folder of 48
-pictures of two classes (`train/` and `val/`), `photo.jpg` by one picture, `folder/` by a folder of two; `--minutes 5` and
-`--epochs 30` by very short runs.
+The data of the README are replaced by tiny ones: the word `DATA` and any path that ends in `data/flowers` by a folder
+of 48 pictures of two classes (`train/` and `val/`), `photo.jpg` by one picture, `folder/` by a folder of two;
+`--minutes 5` and `--epochs 30` by very short runs.
 """
 
 from __future__ import annotations

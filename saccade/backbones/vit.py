@@ -69,6 +69,15 @@ VIT = {
     "cct_small": ViTConfig(
         dim=256, depth=7, heads=4, hidden=512, stem=(32, 64, 128, 256), pool="sequence", image_size=128, drop_path=0.1
     ),
+    "cct_a": ViTConfig(
+        dim=256, depth=4, heads=4, hidden=512, stem=(32, 64, 128, 256), stem_repeats=(0, 1, 1, 1), pool="sequence", image_size=128, drop_path=0.1
+    ),
+    "cct_b": ViTConfig(
+        dim=256, depth=4, heads=4, hidden=512, stem=(32, 64, 128), stem_repeats=(0, 1, 1), pool="sequence", image_size=128, drop_path=0.1
+    ),
+    "cct_c": ViTConfig(
+        dim=256, depth=4, heads=4, hidden=768, stem=(48, 96, 192, 256), stem_repeats=(0, 1, 2, 1), pool="sequence", image_size=128, drop_path=0.1
+    ),
     "cct_base": ViTConfig(
         dim=384, depth=14, heads=6, hidden=1152, stem=(64, 128, 256, 384), pool="sequence", image_size=224, drop_path=0.1
     ),

@@ -30,14 +30,14 @@ def bucket_shapes(preprocessing: PreprocessingConfig) -> list[tuple[int, int]]:
         if aspect <= longest and abs(h * w / side**2 - 1) <= AREA_TOLERANCE:
             if wide and aspect - math.log(wide[-1][1] / wide[-1][0]) < SPACING:
                 continue
-            if SPACING <= aspect:
+            if aspect >= SPACING:
                 wide.append((h, w))
     shapes = [(w, h) for h, w in reversed(wide)] + [(side, side)] + wide
     return [(h * stride, w * stride) for h, w in shapes]
 
 
 def assign(sizes: np.ndarray, shapes: list[tuple[int, int]]) -> np.ndarray:
-    """For pictures of these (height, width), (N, 2), the nearest shape by aspect ratio, int64 (N,). (0, 0) is square."""
+    """The nearest shape by aspect ratio for each (height, width) of (N, 2), int64 (N,). (0, 0) is square."""
     sizes = np.maximum(np.asarray(sizes, dtype=np.float64).reshape(-1, 2), 1e-9)
     aspects = np.log(sizes[:, 1]) - np.log(sizes[:, 0])  # (N,)
     of_shapes = np.log([w / h for h, w in shapes])  # (S,)

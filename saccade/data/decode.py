@@ -1,4 +1,4 @@
-"""From the bytes of a picture to RGB pixels: a few trusted formats, never more pixels than allowed, the right way up."""
+"""From the bytes of a picture to RGB: a few trusted formats, never more pixels than allowed, the right way up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RESAMPLE = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# Image.resize first shrinks by whole numbers where the crop is over this many times too large: faster, hardly different.
+# A crop over this many times too large is first shrunk by a whole number, which is faster and hardly different.
 REDUCING_GAP = 3.0
 
 # EXIF's orientation -> what turns the stored picture upright
@@ -73,7 +73,7 @@ class PictureError(UserError):
 
 
 class Picture:
-    """One picture, of which no more is decoded than what is asked for. Sizes and boxes are those of the upright picture."""
+    """A picture, of which no more is decoded than asked for. Sizes and boxes are those of the upright picture."""
 
     def __init__(self, data: bytes, name: str, max_pixels: int) -> None:
         self.name = name
@@ -111,7 +111,7 @@ class Picture:
         return self._whole
 
     def at_least(self, size: tuple[int, int]) -> Image.Image:
-        """The whole picture, decoded at 1/2, 1/4 or 1/8 where that is faster and still not smaller than `size` (h, w)."""
+        """The whole picture, RGB; a JPEG at 1/2, 1/4 or 1/8 where that is still not smaller than `size` (h, w)."""
         if self._whole is not None:
             return self._whole
         header = self._take_header()
@@ -148,9 +148,7 @@ class Picture:
         return header or open_header(self._data, self.name, self._max_pixels)
 
 
-def decode(
-    data: bytes, name: str, *, max_pixels: int, at_least: tuple[int, int] | None = None
-) -> Image.Image:
+def decode(data: bytes, name: str, *, max_pixels: int, at_least: tuple[int, int] | None = None) -> Image.Image:
     """The upright RGB picture; a JPEG smaller than stored where `at_least` (h, w) allows. Alpha is laid over white."""
     picture = Picture(data, name, max_pixels)
     return picture.whole() if at_least is None else picture.at_least(at_least)
@@ -180,8 +178,9 @@ def open_header(data: bytes | os.PathLike[str] | BinaryIO, name: str, max_pixels
         file = data
     try:
         image = Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise PictureError(name, "more pixels than Pillow accepts, a decompression bomb; remove it", "too_large") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        reason = "more pixels than Pillow accepts, a decompression bomb; remove it"
+        raise PictureError(name, reason, "too_large") from None
     except Image.UnidentifiedImageError:
         raise PictureError(name, _what_instead(file)) from None
     except Exception as error:  # Pillow's readers raise nearly anything on damaged headers
@@ -229,8 +228,9 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         low, high = float(values.min()), float(values.max())
-        limit = next((n for n in ((1.0,) if image.mode == "F" else ()) + (255.0, 65535.0) if 0 <= low and high <= n), None)
-        if limit is None:
+        usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        limit = next((value for value in usual if low >= 0 and high <= value), 0.0)
+        if not limit:
             values = values - low
             limit = max(high - low, 1e-12)
     else:

@@ -160,9 +160,7 @@ def _look(source: Source, config: DataConfig) -> list[_Seen]:
     with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
         looks = pool.map(look, range(len(source)))
         label = f"looking at {source.name}"
-        return list(
-            track(looks, label, len(source), console=console, transient=True, disable=not sys.stderr.isatty())
-        )
+        return list(track(looks, label, len(source), console=console, transient=True, disable=not sys.stderr.isatty()))
 
 
 def _same_bytes(sources: dict[str, Source], seen: dict[str, list[_Seen]]) -> list[Problem]:

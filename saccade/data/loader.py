@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +53,9 @@ def measure_sizes(source: Source, data: DataConfig, threads: int = 4) -> np.ndar
     return np.array(sizes, dtype=np.int64).reshape(-1, 2)
 
 
-def batches_per_epoch(sizes: np.ndarray, batch_size: int, preprocessing: PreprocessingConfig) -> int:
-    """Full batches in a pass over the data; 1 where there are fewer pictures than fit in one."""
-    counts = np.bincount(assign(sizes, bucket_shapes(preprocessing)))
-    return max(1, int((counts // batch_size).sum() + (counts % batch_size).sum() // batch_size))
+def batches_per_epoch(samples: int, batch_size: int) -> int:
+    """Full batches in a pass over the data, as many in every epoch; 1 where there are fewer pictures than in one."""
+    return max(1, samples // batch_size)
 
 
 def plan_epoch(
@@ -64,23 +63,22 @@ def plan_epoch(
 ) -> list[tuple[tuple[int, int], np.ndarray]]:
     """All batches of an epoch as (shape, indices): pictures of one bucket together, what is left over by near aspect.
 
-    Which pictures do not fit in a full batch is chosen at random, so that no aspect is left out more than others.
+    What does not fill a last batch is dropped first and at random: a rare aspect is seen as often as any other.
     """
     rng = np.random.Generator(np.random.PCG64([seed, epoch, 0]))
-    order = rng.permutation(len(sizes))
-    if len(order) < batch_size:
-        bucket = int(np.median(assign(sizes, shapes)))
-        return [(shapes[bucket], order)]
+    count = batches_per_epoch(len(sizes), batch_size)
+    order = rng.permutation(len(sizes))[: count * batch_size]
     buckets = assign(sizes, shapes)[order]
+    if len(order) < batch_size:
+        return [(shapes[int(np.median(buckets))], order)]
     batches: list[tuple[tuple[int, int], np.ndarray]] = []
     left_over = []
     for k, shape in enumerate(shapes):
         same = order[buckets == k]
-        full = len(same) // batch_size
-        batches += [(shape, chunk) for chunk in same[: full * batch_size].reshape(full, batch_size)]
-        left_over.append(same[full * batch_size :])
-    pool = rng.permutation(np.concatenate(left_over))
-    pool = pool[: len(pool) // batch_size * batch_size]
+        full = len(same) // batch_size * batch_size
+        batches += [(shape, chunk) for chunk in same[:full].reshape(-1, batch_size)]
+        left_over.append(same[full:])
+    pool = np.concatenate(left_over)  # a whole number of batches, because `order` is one
     height, width = np.maximum(sizes[pool], 1).T
     pool = pool[np.argsort(width / height, kind="stable")]
     for chunk in pool.reshape(-1, batch_size):
@@ -105,7 +103,7 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches number `start`, `start` + 1, ... before `stop`; without it, for ever. Batch s depends on (seed, s) alone.
 
     Under several processes each gets every `world`-th picture of a batch. A batch of which nothing could be read is one
@@ -132,10 +130,10 @@ def eval_batches(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every picture once, in its own bucket, in an order that never changes. Use the first len(indices) of a batch.
 
-    All processes get the same number of batches; one without a picture of its own gets a black one with empty `indices`.
+    All processes get as many batches; one without a picture of its own gets a black one with empty `indices`.
     """
     shapes = bucket_shapes(preprocessing)
     buckets = assign(sizes, shapes)
@@ -163,7 +161,7 @@ class _TrainPlans:
     ) -> None:
         self.sizes = sizes
         self.shapes = bucket_shapes(preprocessing)
-        self.per_epoch = batches_per_epoch(sizes, batch_size, preprocessing)
+        self.per_epoch = batches_per_epoch(len(sizes), batch_size)
         self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
         self.rank, self.world = rank, world
 
@@ -218,7 +216,7 @@ class _Reader(Dataset[Batch]):
         return picture
 
 
-def _read(reader: _Reader, plans: Iterable[Plan], workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _read(reader: _Reader, plans: Iterable[Plan], workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     """One loader for the whole run: plans are drawn lazily, so workers are never started anew."""
     loader = DataLoader(
         reader,
@@ -228,7 +226,7 @@ def _read(reader: _Reader, plans: Iterable[Plan], workers: int, pin_memory: bool
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]  (nor does it expect a whole batch)
         # seeds of workers are not used; without this, torch's global generator would be drawn from here
         generator=torch.Generator(),
     )

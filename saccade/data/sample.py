@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,17 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device) -> Batch:
-        move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value  # noqa: E731
-        targets = {k: move(v) for k, v in self.targets.items()} if isinstance(self.targets, dict) else move(self.targets)
-        return replace(self, images=move(self.images), targets=targets, indices=move(self.indices))
+        """The same batch there; targets may be a tensor or a dict of them."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, so that the way to a CUDA device need not wait."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        targets = self.targets
+        targets = {k: changed(v) for k, v in targets.items()} if isinstance(targets, dict) else changed(targets)
+        return replace(self, images=change(self.images), targets=targets, indices=change(self.indices))

@@ -29,7 +29,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source(ABC):
-    """Labelled pictures. Plain data without open files, so that it travels to loader workers however they are started."""
+    """Labelled pictures: plain data without open files, so that it travels to workers however they are started."""
 
     name: str
     path: Path

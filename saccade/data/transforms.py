@@ -1,4 +1,4 @@
-"""Pictures to samples for classification, and samples to batches. Every random choice comes from the sample's own rng."""
+"""Pictures to samples for classification, and samples to batches. All that is random comes from the sample's rng."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def random_box(
 ) -> Box:
     """A random crop of a picture of `size` (h, w): `scale` of the largest box of `shape`'s aspect, times `aspect`.
 
-    Going Deeper with Convolutions (https://arxiv.org/abs/1409.4842). The area is a share of what fits, not of the whole,
-    so a very wide picture in a square bucket is varied as much as any other.
+    Going Deeper with Convolutions (https://arxiv.org/abs/1409.4842). The area is a share of what fits, not of the
+    whole, so a very wide picture in a square bucket is varied as much as any other.
     """
     H, W = shape
     most_h, most_w = _largest(size, W / H)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -19,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from saccade.engine.distributed import World, agree, barrier
+from saccade.engine.distributed import World, agree
 from saccade.engine.ema import Ema
 from saccade.errors import UserError
 from saccade.weights.model_file import sync_folder
@@ -44,7 +47,10 @@ def save_checkpoint(
     world: World,
     sharded: bool,
 ) -> None:
-    """Write under a temporary name, sync, rename; then remove all but the last two. A full disk is a UserError."""
+    """Write under a temporary name, sync, rename; then remove all but the last two. A full disk is a UserError.
+
+    A later step than this was passed over when the run was continued; it goes, so that it never counts as one of two.
+    """
     failure = ""
     try:
         if sharded:
@@ -58,7 +64,9 @@ def save_checkpoint(
             }
             _save_file(folder / f"step-{step:09d}.pt", state)
         if world.is_main:
-            for old in list_checkpoints(folder)[KEEP:]:
+            found = list_checkpoints(folder)
+            later = [path for path in found if _step_of(path) > step]
+            for old in [*later, *found[len(later) + KEEP :], *folder.glob(".step-*.tmp")]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         failure = str(error)
@@ -67,6 +75,10 @@ def save_checkpoint(
             f"{folder}: the state at step {step} cannot be saved ({failure or 'another process failed'}). The run ends here; "
             "free space or make the folder writable, then continue with `saccade train --resume`"
         )
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:14])
 
 
 def _save_file(path: Path, state: dict[str, Any]) -> None:
@@ -101,10 +113,16 @@ def _save_sharded(
     world: World,
 ) -> None:
     temporary, path = folder / f".step-{step:09d}.tmp", folder / f"step-{step:09d}"
+    failure = ""
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    barrier(world)
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            failure = str(error)
+    # a process that left alone would leave the others waiting in the save for ever
+    if agree([bool(failure)], world)[0]:
+        raise OSError(failure or "another process failed")
     dcp.save(_sharded_state(model, optimizers, ema), checkpoint_id=temporary)
     if world.is_main:
         _save_file(temporary / "progress.pt", progress)
@@ -115,7 +133,6 @@ def _save_sharded(
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
         sync_folder(folder)
-    barrier(world)
 
 
 def load_checkpoint(
@@ -126,8 +143,8 @@ def load_checkpoint(
         progress = _read(path / "progress.pt")
         state = _sharded_state(model, optimizers, ema)
         try:
-            dcp.load(state, checkpoint_id=path)
-        except (dcp.CheckpointException, OSError, RuntimeError, ValueError) as error:
+            dcp.load(state, storage_reader=_SafeReader(path), planner=_SafePlanner())
+        except (dcp.CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: cannot be read or does not fit this run ({error})") from None
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizers, optim_state_dict=state["optimizers"])
@@ -142,7 +159,7 @@ def load_checkpoint(
         if ema is not None:
             ema.load(state["ema"])
         return state["progress"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: the state does not fit the model and optimizer of this run ({error})") from None
 
 
@@ -155,3 +172,50 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: damaged ({error}); delete it, the one before it will be used") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: truncated or damaged ({error}); delete it, the one before it will be used") from None
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """torch's reader of sharded states runs what a pickle says; this one builds nothing but a state's description."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("its .metadata describes no state")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _SafePlanner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        # torch's own reads numbers and strings with weights_only=False; here they are the only things that pass
+        again = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), again)
+        again.seek(0)
+        super().load_bytes(read_item, again)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
+        "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"its .metadata asks for {module}.{name}, which is no part of a state; not executed")
+        return super().find_class(module, name)

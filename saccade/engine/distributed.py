@@ -50,7 +50,9 @@ def wrap(model: nn.Module, blocks: nn.ModuleList, strategy: str, device: torch.d
         mesh = init_device_mesh(device.type, (world.size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        # by default the outermost part keeps its whole weights after a forward without a backward, such as an
+        # evaluation, and the next step would compute with them whatever has been put in their place
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
     from torch.nn.parallel import DistributedDataParallel
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +59,12 @@ class Model:
         return ClassificationTask(self.class_names, RunConfig(data="", preprocessing=self.preprocessing))
 
     def predict(
-        self, inputs: PictureInput | Sequence[PictureInput], *, batch_size: int = 64, attention: bool = False
+        self, inputs: PictureInput | Iterable[PictureInput], *, batch_size: int = 64, attention: bool = False
     ) -> list[Classification]:
         """Classify files, folders, PIL images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), in the order given.
 
-        Arrays and tensors are uint8, or floats from 0 to 1. With `attention`, each result carries the attention rollout.
-        A picture that cannot be read is a UserError that names it.
+        Arrays and tensors are uint8, or floats from 0 to 1; with four axes they are many pictures. With `attention`,
+        each result carries the attention rollout. A picture that cannot be read is a UserError that names it.
         """
         failed: list[str] = []
         results = list(self.stream(inputs, batch_size=batch_size, attention=attention, failed=failed))
@@ -74,7 +74,7 @@ class Model:
 
     def stream(
         self,
-        inputs: PictureInput | Sequence[PictureInput],
+        inputs: PictureInput | Iterable[PictureInput],
         *,
         batch_size: int = 64,
         attention: bool = False,
@@ -147,17 +147,29 @@ class Model:
         )
 
 
-def list_inputs(inputs: PictureInput | Sequence[PictureInput]) -> list[tuple[str, PictureInput]]:
-    """Each picture with a name for messages; folders become the pictures in them."""
-    several = inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str) else [inputs]
-    if isinstance(inputs, np.ndarray | Tensor) and inputs.ndim == 4:
-        several = list(inputs)
+def list_inputs(inputs: PictureInput | Iterable[PictureInput]) -> list[tuple[str, PictureInput]]:
+    """Each picture with a name for messages; folders become the pictures in them.
+
+    Paths that lead nowhere are all named in one UserError.
+    """
+    if isinstance(inputs, np.ndarray | Tensor):
+        several = list(inputs) if inputs.ndim == 4 else [inputs]
+    elif isinstance(inputs, str | bytes) or not isinstance(inputs, Iterable):
+        several = [inputs]
+    else:
+        several = inputs
     listed: list[tuple[str, PictureInput]] = []
+    faults: list[str] = []
     for i, value in enumerate(several):
-        if isinstance(value, str | Path):
-            listed += [(str(path), path) for path in find_pictures([value])]
-        else:
+        if not isinstance(value, str | Path):
             listed.append((f"image {i + 1}", value))
+            continue
+        try:
+            listed += [(str(path), path) for path in find_pictures([value])]
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
     return listed
 
 
@@ -170,15 +182,27 @@ def open_picture(name: str, value: PictureInput) -> Picture:
         return Picture(data, name, DataConfig().max_pixels)
     if isinstance(value, Image.Image):
         return Picture.from_image(value, name)
+    if isinstance(value, np.ndarray | Tensor):
+        return Picture.from_image(Image.fromarray(to_pixels(name, value)), name)
+    raise PictureError(name, f"a {type(value).__name__}; give a path, a PIL image, an array or a tensor")
+
+
+def to_pixels(name: str, value: np.ndarray | Tensor) -> np.ndarray:
+    """uint8, (H, W), (H, W, 3) or (H, W, 4)."""
+    shape = tuple(value.shape)
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-        value = value.transpose(1, 2, 0) if value.ndim == 3 else value
-    if value.ndim == 3 and value.shape[2] == 1:
-        value = value[..., 0]
-    if value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (3, 4)):
-        raise UserError(f"{name}: shape {value.shape}; give (H, W, 3), (H, W) or a tensor (3, H, W)")
-    if value.dtype != np.uint8:
-        if not np.issubdtype(value.dtype, np.floating) or value.min() < 0 or value.max() > 1:
-            raise UserError(f"{name}: {value.dtype} from {value.min()} to {value.max()}; give uint8, or floats from 0 to 1")
-        value = np.round(255 * value).astype(np.uint8)
-    return Picture.from_image(Image.fromarray(value), name)
+        value = value.detach().cpu()
+        array = (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
+        array = array.transpose(1, 2, 0) if array.ndim == 3 else array
+    else:
+        array = value
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
+        raise PictureError(name, f"shape {shape}; give (H, W, 3), (H, W) or a tensor (3, H, W)")
+    if array.dtype != np.uint8:
+        low, high = array.min(), array.max()
+        if not np.issubdtype(array.dtype, np.floating) or not (low >= 0 and high <= 1):  # in this form NaN is refused
+            raise PictureError(name, f"{array.dtype} from {low} to {high}; give uint8, or floats from 0 to 1")
+        array = np.round(255 * array).astype(np.uint8)
+    return array

@@ -35,6 +35,7 @@ from saccade.engine.device import autocast, choose_device, choose_precision
 from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
 from saccade.engine.evaluate import Normalise, evaluate_batches
+from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
 from saccade.engine.progress import RunTable, clock
 from saccade.errors import UserError
@@ -152,9 +153,8 @@ def train(config: RunConfig, *, resume: bool = False, show: bool = True) -> Trai
     world = distributed.start()
     try:
         folder = Path(config.out)
-        if not resume and world.is_main:
-            make_run_folder(folder, config)
-        distributed.barrier(world)
+        if not resume:
+            make_run_folder(folder, config, world)
         session = open_session(config, world)
         plan = load_plan(folder, session) if resume and (folder / "plan.json").exists() else None
         if plan is None:
@@ -178,16 +178,25 @@ def resume_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
     return build_config(merge(config.model_dump(mode="json"), {**changes, "out": str(folder)}))
 
 
-def make_run_folder(folder: Path, config: RunConfig) -> None:
-    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
-        raise UserError(f"{folder}: already holds a run; continue it with --resume {folder}, or choose another --out")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another --out")
-    try:
-        (folder / "checkpoints").mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
-    write_atomically(folder / "config.json", (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
+def make_run_folder(folder: Path, config: RunConfig, world: World) -> None:
+    """Made by the main process; where it cannot be, all processes say so together."""
+    fault = ""
+    if world.is_main:
+        try:
+            if (folder / "config.json").exists() or list_checkpoints(folder / "checkpoints"):
+                raise UserError(f"{folder}: holds a run already; continue it with --resume {folder}, or choose another --out")
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder}: is a file; choose another --out")
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+            write_atomically(folder / "config.json", text.encode())
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"{folder}: cannot be made ({error.strerror}); choose another --out"
+    fault = distributed.from_main(fault, world)
+    if fault:
+        raise UserError(fault)
 
 
 def open_session(config: RunConfig, world: World) -> Session:
@@ -226,7 +235,7 @@ def open_session(config: RunConfig, world: World) -> Session:
 def make_plan(session: Session, began: float, show: bool) -> Plan:
     """Fix the number of steps: given, from epochs, or from minutes by measuring this machine's speed."""
     config = session.config
-    per_epoch = batches_per_epoch(session.train_sizes, config.batch_size, config.preprocessing)
+    per_epoch = batches_per_epoch(len(session.train_sizes), config.batch_size)
     if config.steps is not None:
         total = config.steps
     elif config.minutes is not None:
@@ -303,9 +312,12 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
     ema = None if config.ema.decay is None else Ema(session.model, config.ema.decay)
     progress = restore(session, folder, ema, show)
     first_step = progress.step
+    if first_step >= plan.total_steps:
+        RunTable(1, 0, show=show).say(f"{folder}: finished already, after {first_step} steps; nothing is changed")
+        return finish(session, folder, progress, None, finished=True, signal_number=None)
     evaluate_at = {round(plan.total_steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     epoch_ends = EpochEnds(plan, config.optimizer.accumulate)
-    writer = open_writer(folder, first_step) if world.is_main else None
+    writer = Events(folder / "events", first_step) if world.is_main else None
     batches = session.train_batches(first_step * config.optimizer.accumulate, plan.total_steps * config.optimizer.accumulate)
     saver = Saver(session, folder, ema, config.checkpoint_seconds)
     pictures, clock_start = 0, time.monotonic()
@@ -331,9 +343,7 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
             speed = pictures / (time.monotonic() - clock_start)
             table.step(progress.step, result.loss, speed)
             if writer is not None:
-                writer.add_scalar("train/loss", result.loss, step)
-                writer.add_scalar("train/lr", lr, step)
-                writer.add_scalar("train/grad_norm", result.grad_norm, step)
+                writer.add(step, {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm})
             done = progress.step
             if done in evaluate_at or done == plan.total_steps:
                 evaluate_and_keep(session, plan, folder, ema, progress, lr, table, writer)
@@ -341,7 +351,7 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
             if due or interrupted or done in evaluate_at or done in epoch_ends or done == plan.total_steps:
                 if due or interrupted or done == plan.total_steps or saver.cheap():
                     saver.save(progress)
-            if interrupted:
+            if interrupted and done < plan.total_steps:
                 table.say(f"stopped at step {done} of {plan.total_steps}; continue with: saccade train --resume {folder}")
                 return finish(session, folder, progress, writer, finished=False, signal_number=stop.number)
         table.say(f"finished in {clock(time.monotonic() - clock_start)}; the model is {folder / 'model.safetensors'}")
@@ -393,6 +403,8 @@ def train_step(session: Session, batches: Iterator[Batch], step: int) -> StepRes
     else:
         for optimizer in session.optimizers:
             optimizer.step()
+        if session.sharded:  # as DDP does it: else each process goes on with statistics of its own, which no save holds
+            distributed.same_buffers(session.model, session.world)
     for optimizer in session.optimizers:
         optimizer.zero_grad(set_to_none=True)
     indices = [int(i) for batch in group for i in batch.indices]
@@ -423,7 +435,14 @@ def evaluate(session: Session) -> Any:
 
 
 def evaluate_and_keep(
-    session: Session, plan: Plan, folder: Path, ema: Ema | None, progress: Progress, lr: float, table: RunTable, writer: Any
+    session: Session,
+    plan: Plan,
+    folder: Path,
+    ema: Ema | None,
+    progress: Progress,
+    lr: float,
+    table: RunTable,
+    writer: Events | None,
 ) -> None:
     """Evaluate the averaged weights, write the figures down, keep the model if it is the best so far."""
     if ema is None:
@@ -434,7 +453,7 @@ def evaluate_and_keep(
 
 
 def keep_if_best(
-    session: Session, plan: Plan, folder: Path, progress: Progress, lr: float, table: RunTable, writer: Any
+    session: Session, plan: Plan, folder: Path, progress: Progress, lr: float, table: RunTable, writer: Events | None
 ) -> None:
     scalars = session.task.scalars(evaluate(session))
     epoch = progress.step * session.config.optimizer.accumulate / plan.batches_per_epoch
@@ -456,8 +475,9 @@ def keep_if_best(
             save_model(folder / "model.safetensors", weights, describe(session, plan, scalars, progress.step))
     if session.world.is_main:
         write_rows(folder / "metrics.csv", progress.rows)
-        for name, value in scalars.items():
-            writer.add_scalar(f"val/{name}", value, progress.step)
+    if writer is not None:
+        writer.add(progress.step, {f"val/{name}": value for name, value in scalars.items()})
+        writer.flush()
     table.row(progress.step, epoch, {name: value for name, value in row.items() if name not in ("step", "epoch")}, is_best)
 
 
@@ -497,8 +517,10 @@ def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
 def note_unreadable(
     progress: Progress, session: Session, unreadable: list[tuple[int, str]], table: RunTable
 ) -> None:
-    """Report a picture that cannot be decoded once, and count it."""
-    for index, what in unreadable:
+    """Report a picture that cannot be decoded once, and count it, whichever process met it."""
+    if not distributed.agree([bool(unreadable)], session.world)[0]:
+        return
+    for index, what in (entry for part in distributed.gather(unreadable, session.world) for entry in part):
         name = session.splits.train.id(index)
         if name not in progress.unreadable:
             progress.unreadable[name] = what
@@ -531,11 +553,12 @@ def restore(session: Session, folder: Path, ema: Ema | None, show: bool) -> Prog
     faults = []
     for path in list_checkpoints(folder / "checkpoints"):
         try:
-            values = load_checkpoint(path, session.model, session.optimizers, ema)
-            return Progress(**values)
+            return Progress(**load_checkpoint(path, session.model, session.optimizers, ema))
         except UserError as error:
             faults.append(str(error))
-            RunTable(1, 0, show=show).say(f"passed over: {error}")
+        except TypeError as error:
+            faults.append(f"{path}: holds no progress of a run ({error})")
+        RunTable(1, 0, show=show).say(f"passed over: {faults[-1]}")
     if faults:
         raise UserError(f"{folder}: no checkpoint can be used:\n  " + "\n  ".join(faults))
     return Progress()
@@ -630,14 +653,14 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def open_writer(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "events"), purge_step=step or None)
-
-
 def finish(
-    session: Session, folder: Path, progress: Progress, writer: Any, *, finished: bool, signal_number: int | None
+    session: Session,
+    folder: Path,
+    progress: Progress,
+    writer: Events | None,
+    *,
+    finished: bool,
+    signal_number: int | None,
 ) -> TrainResult:
     if writer is not None:
         writer.close()

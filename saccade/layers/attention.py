@@ -19,8 +19,34 @@ def attention(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H N E"]:
-    """softmax(q k^T / sqrt(D) + bias) v through PyTorch's fused kernels. `bias` is added to the scores (or bool: keep)."""
+    """softmax(q k^T / sqrt(D) + bias) v through PyTorch's fused kernels. `bias` is added to the scores (or bool: keep).
+
+    A query that may attend to nothing gets zeros.
+    """
+    if causal and bias is not None:  # the kernels take only one of the two
+        keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        bias, causal = bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, -math.inf), False
+    if bias is None and not causal and dropout == 0.0 and _is_slow_when_fused(q, k):
+        return _attention_by_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
+
+
+FUSED_FROM = 512  # tokens
+
+
+def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
+    """The fused backward pass for bfloat16 on processors is up to eight times slower than plain products on short rows."""
+    short = q.shape[2] * k.shape[2] <= FUSED_FROM**2
+    return short and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad
+
+
+def _attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, H, N, D = q.shape
+    M = k.shape[2]
+    q, k, v = q.reshape(B * H, N, D), k.reshape(B * H, M, D), v.reshape(B * H, M, -1)
+    unused = q.new_empty(1, 1, 1).expand(B * H, N, M)  # with beta=0 it is never read
+    scores = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(D))
+    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (B, H))
 
 
 def attention_with_weights(
@@ -31,14 +57,20 @@ def attention_with_weights(
     bias: Tensor | None = None,
     causal: bool = False,
 ) -> tuple[Float[Tensor, "B H N E"], Float[Tensor, "B H N M"]]:
-    """The same written out, for explanations: also returns the weights, whose rows sum to one. O(N M) memory."""
+    """The same written out, for explanations: also returns the weights, whose rows sum to one. O(N M) memory.
+
+    The rows of queries that may attend to nothing are zeros.
+    """
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, N, M)
     if causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~keep, -math.inf)
     if bias is not None:
         scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-    weights = scores.softmax(dim=-1)
+        empty = (scores == -math.inf).all(dim=-1, keepdim=True)  # their softmax, and its gradient, would be NaN
+        weights = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
+    else:
+        weights = scores.softmax(dim=-1)
     return weights @ v, weights
 
 

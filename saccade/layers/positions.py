@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 def sinusoidal_1d(length: int, dim: int, *, base: float = 10_000.0, device: torch.device | None = None) -> Tensor:
     """(length, dim): sines in the first half of the channels, cosines in the second; https://arxiv.org/abs/1706.03762."""
+    if dim % 2:
+        raise ValueError(f"sinusoidal positions need an even width, not {dim}")
     steps = torch.arange(length, dtype=torch.float32, device=device)
     return _waves(steps, dim, base)
 

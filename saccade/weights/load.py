@@ -46,6 +46,8 @@ def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Cl
     weights, card = load_model_file(path)
     if card.model != config.model:
         raise UserError(f"{path}: holds a {card.model}, not a {config.model}; leave --model out, or give --model {card.model}")
+    described = build_network(card)
+    check_weights(weights, described.state_dict(), str(path))
     notes = [f"weights from {path} ({card.training_data or 'unknown data'}; licence: {card.licence})"]
     if card.class_names != class_names:
         if card.class_names and set(card.class_names) == set(class_names):
@@ -55,7 +57,7 @@ def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Cl
             fresh = network.state_dict()
             weights.update({name: fresh[name] for name in ("head.weight", "head.bias")})
             notes.append(f"its head for {len(card.class_names)} other classes is left out; a new one for {len(class_names)}")
-    old = build_network(card).backbone.positions
+    old = described.backbone.positions
     new = backbone.positions
     table = weights.get("backbone.positions.table")
     if old is not None and new is not None and table is not None and old.grid != new.grid and table.ndim == 2:

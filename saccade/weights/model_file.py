@@ -85,23 +85,23 @@ def load_model_file(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a `.safetensors` file."""
-    _refuse_pickle(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (SafetensorError, ValueError, RuntimeError) as error:
+        _refuse_pickle(path)
         raise UserError(f"{path}: truncated or not a .safetensors file ({error}); get or copy it anew") from None
 
 
 def _refuse_pickle(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(4)  # only of a file that is no model: such bytes may also begin a sound one
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if start[:2] == b"\x80\x02" or start == b"PK\x03\x04":
+    if start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise UserError(
             f"{path}: a pickle (.pt, .pth), which can hold code. It was not opened. A model of saccade is a .safetensors file"
         )

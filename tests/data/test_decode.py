@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +21,14 @@ def pixels(data: bytes, **options) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("format", "options"),
-    [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("PPM", {})],
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("PPM", {}),
+    ],
 )
 def test_lossless_formats(picture, encode, format, options):
     image = picture(20, 30)
@@ -136,7 +146,7 @@ def test_draft_mode_is_close_to_a_full_decode(picture, encode, orientation):
         got = load_crop(data, "it", box, (64, 60), RESAMPLE["bicubic"], LIMIT)
         want = whole.resize((60, 64), RESAMPLE["bicubic"], box)
         difference = np.abs(np.asarray(got).astype(int) - np.asarray(want))
-        assert difference.mean() < 1.0 and difference.max() <= 12  # measured: 0.6 and 4
+        assert difference.mean() < 1.0 and difference.max() <= 12  # measured: 0.45 and 3
 
 
 def test_at_least(picture, encode):
@@ -179,14 +189,13 @@ def test_bad_files(picture, encode):
     assert pickle.loads(pickle.dumps(caught.value)).kind == caught.value.kind == "truncated"
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 def test_every_truncation_is_a_picture_error(picture, encode):
     for format in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
         data = encode(picture(24, 24, 5), format)
         for length in range(0, len(data) - 1, max(1, len(data) // 40)):
-            try:
+            with contextlib.suppress(PictureError):
                 decode(data[:length], "it", max_pixels=LIMIT)
-            except PictureError:
-                pass
 
 
 def test_formats_outside_the_list_are_refused(picture, encode):
@@ -207,7 +216,9 @@ def test_bombs_are_refused_by_their_header(encode):
             call()
         assert caught.value.kind == "too_large"
     with pytest.raises(PictureError) as caught:  # over Pillow's own limit, which is seen first
-        read_size(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\0\0\0\1\0\0\1\0\0\0\0\x9e\x14\xf7\x87", "it", LIMIT)
+        header = b"IHDR" + struct.pack(">IIBBBBB", 65536, 65536, 1, 0, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        read_size(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + b"\0" * 8, "it", LIMIT)
     assert caught.value.kind == "too_large"
 
 

@@ -91,7 +91,7 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
     if held_out is None:
         train, held_out = split_off(train, val_fraction, seed)
         if not len(held_out):
-            raise UserError(f"{path}: one picture a class is too few to hold any out; add some, or give others by --val")
+            raise UserError(f"{path}: one picture a class is too few to hold any out; add some, or use --val")
         notes.append(f"{path}: no val split, {len(held_out)} of {len(train) + len(held_out)} pictures are held out")
     empty = [name for name, count in zip(class_names, held_out.counts(), strict=True) if count == 0]
     if empty:
@@ -142,7 +142,7 @@ def class_problems(train: Source, val: Source | None, where: str) -> list[Proble
 
 
 def split_off(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
-    """The rest and the held-out `fraction`, stratified: at least one picture of each class on each side if it has two."""
+    """The rest and the held-out `fraction`, stratified: a class with two pictures has one on each side."""
     order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(source))
     held_out = []
     for k in range(len(source.class_names)):

@@ -69,7 +69,7 @@ def _why_empty(folders: list[Path], loose: list[str], others: list[str]) -> str:
         return "pictures, but no class folders; put the pictures of each class into a folder of the class's name"
     tables = [name for name in others if Path(name).suffix.lower() in (".csv", ".jsonl")]
     if tables:
-        return f"no pictures in class folders; if the table {tables[0]} lists them, give that file instead of the folder"
+        return f"no pictures in class folders; if the table {tables[0]} lists them, give that file instead"
     if folders:
         return f"no pictures in any of its folders; pictures end in {', '.join(SUFFIXES)}"
     return "no pictures; a folder of classes holds a folder of pictures for each class"
@@ -103,7 +103,7 @@ def walk_pictures(path: Path, deep: bool = True) -> tuple[list[str], list[str]]:
 
 
 def find_pictures(paths: Iterable[str | Path]) -> list[Path]:
-    """Pictures to look at: files as they are given, folders searched by suffix. Faults of all paths in one UserError."""
+    """Files as they are given, folders searched by suffix. Faults of all paths are one UserError."""
     found: list[Path] = []
     faults: list[str] = []
     for path in map(Path, paths):

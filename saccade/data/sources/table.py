@@ -64,15 +64,12 @@ def _read(path: Path, found: Found) -> None:
         label = _text(row.get(columns["label"] or ""))
         split = _text(row.get(columns["split"])) if columns["split"] else "all"
         if not file or not label:
-            found.problems.append(
-                Problem("missing_label" if file else "missing_path", where, f"no {'label' if file else 'path'}; add one")
-            )
+            lacking = "label" if file else "path"
+            found.problems.append(Problem(f"missing_{lacking}", where, f"no {lacking}; add one"))
             continue
         if split != "all":
             if split.lower() not in SPLIT_NAMES:
-                found.problems.append(
-                    Problem("bad_split", where, f"the split is {split!r}; write train, val or test")
-                )
+                found.problems.append(Problem("bad_split", where, f"the split is {split!r}; write train, val or test"))
                 continue
             split = SPLIT_NAMES[split.lower()]
         full = path.parent / file
@@ -107,7 +104,8 @@ def _read_csv(path: Path, found: Found) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(file, delimiter=separator, skipinitialspace=True)
             for row in reader:
                 if None in row:
-                    what = f"more fields than the header's {len(reader.fieldnames or ())}; quote those with a {separator!r}"
+                    columns = len(reader.fieldnames or ())
+                    what = f"more fields than the header's {columns}; quote those that hold a {separator!r}"
                     found.problems.append(Problem("bad_row", f"{path}:{reader.line_num}", what))
                     continue
                 yield reader.line_num, row
@@ -124,7 +122,8 @@ def _read_json_lines(path: Path, found: Found) -> Iterator[tuple[int, dict[str, 
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    found.problems.append(Problem("bad_row", f"{path}:{number}", f"not valid JSON ({error}); mend the line"))
+                    what = f"not valid JSON ({error}); mend the line"
+                    found.problems.append(Problem("bad_row", f"{path}:{number}", what))
                     continue
                 if not isinstance(row, dict):
                     what = 'not an object; write {"path": ..., "label": ...}'

@@ -108,7 +108,8 @@ def _read_shards(shards: Sequence[Path], found: Found) -> TarSource:
                     labels.append(name)
     path = shards[0] if len(shards) == 1 else shards[0].parent
     if not members:
-        found.problems.append(Problem("no_pictures", str(path), "no labelled pictures in the shards; is this the right folder?"))
+        what = "no labelled pictures in the shards; is this the right folder?"
+        found.problems.append(Problem("no_pictures", str(path), what))
     class_names = declared or sort_names(labels)
     position = {name: k for k, name in enumerate(class_names)}
     return TarSource(
@@ -197,7 +198,7 @@ def _name_of(label: int | str, declared: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _declared_names(shard: Path) -> tuple[str, ...]:
-    """What a classes.json beside the shards, or above their split folders, says: a list, or an object name <-> number."""
+    """What classes.json beside the shards, or above their split folders, says: a list, or an object name <-> number."""
     above = [shard.parent.parent] if shard.parent.name.lower() in SPLIT_NAMES else []
     path = next((f / "classes.json" for f in [shard.parent, *above] if (f / "classes.json").is_file()), None)
     if path is None:
@@ -210,6 +211,7 @@ def _declared_names(shard: Path) -> tuple[str, ...]:
         pairs = [(k, v) if isinstance(v, int) else (v, k) for k, v in names.items()]  # (name, number)
         numbered = {int(number): name for name, number in pairs if str(number).isdecimal()}
         names = [numbered.get(k) for k in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+    good = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    if not good or len(good) < len(names) or len(set(good)) < len(good):
         raise UserError(f"{path}: must be a list of different class names, in the order of their numbers")
-    return tuple(names)
+    return tuple(good)

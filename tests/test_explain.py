@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saccade.backbones.features import AttentionTrace
+from saccade.backbones.vit import ViT, ViTConfig
+from saccade.explain import attention_rollout
+from saccade.models.classifier import Classifier
+
+POOLS = ["token", "mean", "sequence"]
+
+
+def trace_of(weights: list[Tensor], pooling: Tensor, grid: tuple[int, int]) -> AttentionTrace:
+    """One picture, two heads that attend alike."""
+    return AttentionTrace(
+        tuple(w.expand(1, 2, -1, -1) for w in weights), pooling[None], len(pooling) - grid[0] * grid[1], grid
+    )
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def test_identity_attention_gives_the_poolings_share():
+    share = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.05, 0.15, 0.2])
+    got = attention_rollout(trace_of(3 * [torch.eye(7)], share, (2, 3)))
+    assert gap(got, (share[1:] / 0.3).unflatten(0, (2, 3))[None]) <= 1e-6  # measured 6.0e-8
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_uniform_attention_gives_a_uniform_map(prefix):
+    N = prefix + 6
+    share = torch.zeros(N)
+    share[prefix or slice(None)] = 1.0 / N if not prefix else 0.0
+    share[0] = share[0] if not prefix else 1.0  # a class token, or the mean
+    got = attention_rollout(trace_of(4 * [torch.full((N, N), 1 / N)], share, (3, 2)))
+    assert gap(got, torch.ones(1, 3, 2)) <= 1e-6  # measured 0
+
+
+def test_two_blocks_by_hand():
+    """Class token and two patches. From the class token, half stays at each block, half goes where it attends."""
+    first = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    second = torch.tensor([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    # second block, from the class token: 0.75 itself, 0.25 the second patch; then half of each goes to the first patch
+    got = attention_rollout(trace_of([first, second], torch.tensor([1.0, 0.0, 0.0]), (1, 2)))
+    assert gap(got, torch.tensor([[[0.5, 0.125]]]) / 0.5) <= 1e-6  # measured 0
+
+
+def test_heads_are_averaged_and_pictures_kept_apart():
+    torch.manual_seed(0)
+    weights = torch.randn(3, 4, 7, 7).softmax(-1)
+    pooling = F.one_hot(torch.zeros(3, dtype=torch.long), 7).float()
+    got = attention_rollout(AttentionTrace((weights,), pooling, 1, (2, 3)))
+    for b in range(3):
+        mean = weights[b].mean(0)[0, 1:]
+        assert gap(got[b], (mean / mean.max()).unflatten(0, (2, 3))) <= 1e-6  # measured 6.0e-8
+
+
+def test_nothing_flowing_is_a_map_of_zeros():
+    got = attention_rollout(trace_of([torch.eye(5)], torch.tensor([1.0, 0, 0, 0, 0]), (2, 2)))
+    assert torch.equal(got, torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (20, 4)], ids=str)
+def test_a_map_for_every_pooling_and_shape(pool, registers, size):
+    torch.manual_seed(0)
+    config = ViTConfig(dim=32, depth=2, heads=2, hidden=48, patch_size=4, image_size=16, pool=pool, registers=registers)
+    heat = attention_rollout(ViT(config).eval().trace(torch.randn(3, 3, *size)))
+    assert heat.shape == (3, size[0] // 4, size[1] // 4)
+    assert heat.isfinite().all() and heat.min() >= 0
+    assert gap(heat.amax(dim=(1, 2)), torch.ones(3)) <= 1e-6  # measured 0
+
+
+def squares(count: int) -> tuple[Tensor, Tensor]:
+    """A bright square of one patch in noise, and its quadrant."""
+    images = 0.3 * torch.randn(count, 3, 16, 16)
+    row, column = torch.randint(0, 4, (count,)), torch.randint(0, 4, (count,))
+    for b in range(count):
+        images[b, :, 4 * row[b] : 4 * row[b] + 4, 4 * column[b] : 4 * column[b] + 4] += 2.0
+    return images, 4 * row + column
+
+
+def test_a_trained_model_looks_at_what_decides():
+    torch.manual_seed(0)
+    config = ViTConfig(dim=32, depth=2, heads=2, hidden=64, patch_size=4, image_size=16)
+    model = Classifier(ViT(config), 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    import time; t=time.time()
+    for step in range(200):
+        images, place = squares(32)
+        quadrant = 2 * (place // 8) + place % 4 // 2
+        loss = F.cross_entropy(model(images).logits, quadrant)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 49: print(step, loss.item(), time.time()-t)
+    images, place = squares(100)
+    with torch.no_grad():
+        right = model.eval()(images).logits.argmax(1) == 2 * (place // 8) + place % 4 // 2
+        heat = attention_rollout(model.backbone.trace(images))
+    print(right.float().mean(), (heat.flatten(1).argmax(1) == place).float().mean())
+    assert 0
