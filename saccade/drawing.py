@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels of a picture
+Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels of a picture
 
 INK = "#1f2933"
 FAINT = "#7b8794"

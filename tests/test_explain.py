@@ -28,17 +28,15 @@ def gap(a: Tensor, b: Tensor) -> float:
 def test_identity_attention_gives_the_poolings_share():
     share = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.05, 0.15, 0.2])
     got = attention_rollout(trace_of(3 * [torch.eye(7)], share, (2, 3)))
-    assert gap(got, (share[1:] / 0.3).unflatten(0, (2, 3))[None]) <= 1e-6  # measured 6.0e-8
+    assert gap(got, (share[1:] / 0.3).unflatten(0, (2, 3))[None]) <= 1e-6  # measured 0
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_uniform_attention_gives_a_uniform_map(prefix):
     N = prefix + 6
-    share = torch.zeros(N)
-    share[prefix or slice(None)] = 1.0 / N if not prefix else 0.0
-    share[0] = share[0] if not prefix else 1.0  # a class token, or the mean
+    share = F.one_hot(torch.tensor(0), N).float() if prefix else torch.full((N,), 1 / N)  # a class token, or the mean
     got = attention_rollout(trace_of(4 * [torch.full((N, N), 1 / N)], share, (3, 2)))
-    assert gap(got, torch.ones(1, 3, 2)) <= 1e-6  # measured 0
+    assert gap(got, torch.ones(1, 3, 2)) <= 1e-6  # measured 2.4e-7
 
 
 def test_two_blocks_by_hand():
@@ -57,7 +55,7 @@ def test_heads_are_averaged_and_pictures_kept_apart():
     got = attention_rollout(AttentionTrace((weights,), pooling, 1, (2, 3)))
     for b in range(3):
         mean = weights[b].mean(0)[0, 1:]
-        assert gap(got[b], (mean / mean.max()).unflatten(0, (2, 3))) <= 1e-6  # measured 6.0e-8
+        assert gap(got[b], (mean / mean.max()).unflatten(0, (2, 3))) <= 1e-6  # measured 0
 
 
 def test_nothing_flowing_is_a_map_of_zeros():
@@ -77,32 +75,31 @@ def test_a_map_for_every_pooling_and_shape(pool, registers, size):
     assert gap(heat.amax(dim=(1, 2)), torch.ones(3)) <= 1e-6  # measured 0
 
 
-def squares(count: int) -> tuple[Tensor, Tensor]:
-    """A bright square of one patch in noise, and its quadrant."""
-    images = 0.3 * torch.randn(count, 3, 16, 16)
-    row, column = torch.randint(0, 4, (count,)), torch.randint(0, 4, (count,))
+def squares(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Grey noise with one patch that is brighter in red, green or blue; its place and its colour."""
+    images = torch.randn(count, 1, 16, 16).repeat(1, 3, 1, 1)
+    place, colour = torch.randint(0, 16, (count,)), torch.randint(0, 3, (count,))
     for b in range(count):
-        images[b, :, 4 * row[b] : 4 * row[b] + 4, 4 * column[b] : 4 * column[b] + 4] += 2.0
-    return images, 4 * row + column
+        top, left = 4 * (int(place[b]) // 4), 4 * (int(place[b]) % 4)
+        images[b, colour[b], top : top + 4, left : left + 4] += 2.0
+    return images, place, colour
 
 
 def test_a_trained_model_looks_at_what_decides():
+    """The colour is nowhere but in the patch; its place could also be told from all the patches where it is not."""
     torch.manual_seed(0)
-    config = ViTConfig(dim=32, depth=2, heads=2, hidden=64, patch_size=4, image_size=16)
-    model = Classifier(ViT(config), 4)
+    model = Classifier(ViT(ViTConfig(dim=32, depth=2, heads=2, hidden=64, patch_size=4, image_size=16)), 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    import time; t=time.time()
-    for step in range(200):
-        images, place = squares(32)
-        quadrant = 2 * (place // 8) + place % 4 // 2
-        loss = F.cross_entropy(model(images).logits, quadrant)
+    for _ in range(150):
+        images, _, colour = squares(32)
+        loss = F.cross_entropy(model(images).logits, colour)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 49: print(step, loss.item(), time.time()-t)
-    images, place = squares(100)
+    images, place, colour = squares(200)
     with torch.no_grad():
-        right = model.eval()(images).logits.argmax(1) == 2 * (place // 8) + place % 4 // 2
-        heat = attention_rollout(model.backbone.trace(images))
-    print(right.float().mean(), (heat.flatten(1).argmax(1) == place).float().mean())
-    assert 0
+        right = model.eval()(images).logits.argmax(dim=1) == colour
+        heat = attention_rollout(model.backbone.trace(images)).flatten(1)
+    assert right.float().mean() > 0.95  # measured 1.0
+    # measured 0.69 to 1.0 over seeds; a map that says nothing would hit one in 16
+    assert (heat.argmax(dim=1) == place).float().mean() > 0.4

@@ -47,8 +47,8 @@ class ViTConfig:
         if self.stem and "patch_size" in values:
             raise UserError("network.patch_size: this model has a convolutional stem, not patches; choose a vit_ model")
         row = replace(self, **values, **({} if image_size is None else {"image_size": image_size}))
-        if row.position in ("sinusoidal", "rotary") and (row.dim // row.heads) % 4:
-            raise UserError(f"network.position: {row.position} needs a head width that is a multiple of 4")
+        if row.position == "rotary" and (row.dim // row.heads) % 4:
+            raise UserError("network.position: rotary needs a head width that is a multiple of 4")
         return row
 
 
@@ -67,16 +67,21 @@ VIT = {
         dim=128, depth=4, heads=4, hidden=256, stem=(64,), pool="sequence", image_size=32, drop_path=0.05
     ),
     "cct_small": ViTConfig(
-        dim=256, depth=7, heads=4, hidden=512, stem=(32, 64, 128, 256), pool="sequence", image_size=128, drop_path=0.1
+        dim=256,
+        depth=4,
+        heads=4,
+        hidden=512,
+        stem=(32, 64, 128, 256),
+        stem_repeats=(0, 1, 1, 1),
+        pool="sequence",
+        image_size=128,
+        drop_path=0.1,
     ),
-    "cct_a": ViTConfig(
-        dim=256, depth=4, heads=4, hidden=512, stem=(32, 64, 128, 256), stem_repeats=(0, 1, 1, 1), pool="sequence", image_size=128, drop_path=0.1
+    "cct_n1": ViTConfig(
+        dim=192, depth=4, heads=3, hidden=384, stem=(64, 128), stem_repeats=(1, 2), pool="sequence", image_size=32, drop_path=0.1
     ),
-    "cct_b": ViTConfig(
-        dim=256, depth=4, heads=4, hidden=512, stem=(32, 64, 128), stem_repeats=(0, 1, 1), pool="sequence", image_size=128, drop_path=0.1
-    ),
-    "cct_c": ViTConfig(
-        dim=256, depth=4, heads=4, hidden=768, stem=(48, 96, 192, 256), stem_repeats=(0, 1, 2, 1), pool="sequence", image_size=128, drop_path=0.1
+    "cct_n2": ViTConfig(
+        dim=256, depth=3, heads=4, hidden=512, stem=(64, 128, 256), stem_repeats=(1, 1, 1), pool="sequence", image_size=32, drop_path=0.1
     ),
     "cct_base": ViTConfig(
         dim=384, depth=14, heads=6, hidden=1152, stem=(64, 128, 256, 384), pool="sequence", image_size=224, drop_path=0.1
@@ -108,7 +113,7 @@ class ViT(nn.Module):
             for rate in rates
         )
         self.norm = nn.LayerNorm(c.dim, eps=1e-6)
-        self.pooling = nn.Linear(c.dim, 1) if c.pool == "sequence" else None
+        self.pooling = nn.Linear(c.dim, 1, bias=False) if c.pool == "sequence" else None
         self.activation_checkpointing = False
         self._initialise()
 

@@ -72,8 +72,8 @@ def save_checkpoint(
         failure = str(error)
     if agree([bool(failure)], world)[0]:
         raise UserError(
-            f"{folder}: the state at step {step} cannot be saved ({failure or 'another process failed'}). The run ends here; "
-            "free space or make the folder writable, then continue with `saccade train --resume`"
+            f"{folder}: the state at step {step} cannot be saved ({failure or 'another process failed'}). The run ends "
+            "here; free space or make the folder writable, then continue with `saccade train --resume`"
         )
 
 
@@ -168,7 +168,7 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "WeightsUnpickler" in str(error) or "weights_only" in str(error).lower():
-            raise UserError(f"{path}: holds code besides numbers, or is damaged. It was not executed; delete the file") from None
+            raise UserError(f"{path}: damaged, or holds code, which was not executed; delete the file") from None
         raise UserError(f"{path}: damaged ({error}); delete it, the one before it will be used") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: truncated or damaged ({error}); delete it, the one before it will be used") from None
@@ -217,5 +217,5 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"its .metadata asks for {module}.{name}, which is no part of a state; not executed")
+            raise pickle.UnpicklingError(f"its .metadata asks for {module}.{name}, which was not executed")
         return super().find_class(module, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Normalise:
 
 def evaluate_batches(
     network: nn.Module,
-    batches: Iterable[Batch],
+    batches: Generator[Batch, None, None],
     task: Any,
     normalise: Normalise,
     device: torch.device,
@@ -44,7 +45,7 @@ def evaluate_batches(
     was_training = network.training
     network.eval()
     metric = task.metric()
-    with torch.inference_mode():
+    with torch.inference_mode(), closing(batches):
         for batch in batches:
             batch = batch.to(device)
             with autocast(device, precision):

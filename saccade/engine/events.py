@@ -27,7 +27,7 @@ class Events:
             folder.mkdir(exist_ok=True)
             self.file = open(folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}", "wb")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); free space or choose another --out") from None
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
         self.records = RecordWriter(self.file)
         self._write({"file_version": "brain.Event:2"})
         if step:

@@ -16,8 +16,8 @@ from saccade.models.classifier import Classifier
 def build_optimizers(model: Classifier, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Muon is https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size (https://arxiv.org/abs/2502.16982), so
-    that one learning rate serves both. Layer-wise decay is https://arxiv.org/abs/2106.08254.
+    Muon is https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size (https://arxiv.org/abs/2502.16982),
+    so that one learning rate serves both. Layer-wise decay is https://arxiv.org/abs/2106.08254.
     """
     adam: dict[tuple[float, float], list[nn.Parameter]] = {}
     muon: dict[tuple[float, float], list[nn.Parameter]] = {}

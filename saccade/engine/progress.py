@@ -101,8 +101,9 @@ def counter(verb: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, total) that shows how far a pass over pictures has come, and the time left. On stderr."""
     if sys.stderr.isatty():
         console = Console(stderr=True)
-        with Progress(TextColumn(verb), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                      TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as bar:
+        columns = [TextColumn(verb), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}")]
+        times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        with Progress(*columns, *times, console=console, transient=True) as bar:
             task = bar.add_task(verb, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return

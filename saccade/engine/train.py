@@ -15,8 +15,8 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class Session:
     def sharded(self) -> bool:
         return self.world.size > 1 and self.config.distributed.strategy == "fsdp"
 
-    def train_batches(self, start: int, stop: int | None) -> Iterator[Batch]:
+    def train_batches(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
         config = self.config
         return train_batches(
             self.splits.train,
@@ -131,7 +131,7 @@ class Session:
             pin_memory=self.device.type == "cuda",
         )
 
-    def eval_batches(self) -> Iterator[Batch]:
+    def eval_batches(self) -> Generator[Batch, None, None]:
         config = self.config
         return eval_batches(
             self.splits.val,
@@ -172,8 +172,8 @@ def resume_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
     fixed = sorted(set(changes) - {"workers", "checkpoint_seconds", "data", "val", "device"})
     if fixed:
         raise UserError(
-            f"{folder}: {', '.join(fixed)} cannot change when a run is continued, which must end as if it had never stopped; "
-            "start a new run (with --weights to begin from this one)"
+            f"{folder}: {', '.join(fixed)} cannot change when a run is continued, which must end as if it had never "
+            "stopped; start a new run (with --weights to begin from this one)"
         )
     return build_config(merge(config.model_dump(mode="json"), {**changes, "out": str(folder)}))
 
@@ -184,7 +184,7 @@ def make_run_folder(folder: Path, config: RunConfig, world: World) -> None:
     if world.is_main:
         try:
             if (folder / "config.json").exists() or list_checkpoints(folder / "checkpoints"):
-                raise UserError(f"{folder}: holds a run already; continue it with --resume {folder}, or choose another --out")
+                raise UserError(f"{folder}: holds a run; continue it with --resume {folder}, or choose another --out")
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder}: is a file; choose another --out")
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,8 @@ def steps_within(session: Session, seconds: float, began: float, show: bool) -> 
         optimizer.zero_grad(set_to_none=True)
     left = seconds - (time.monotonic() - began) - (config.evaluations + 1) * per_evaluation
     total = max(1, int(0.97 * left / per_step))
-    table.say(f"measured {per_step:.3f} s a step, {per_evaluation:.1f} s an evaluation: {total} steps in {clock(seconds)}")
+    each = f"{per_step:.3f} s a step, {per_evaluation:.1f} s an evaluation"
+    table.say(f"measured {each}: {total} steps in {clock(seconds)}")
     return total
 
 
@@ -318,10 +319,12 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
     evaluate_at = {round(plan.total_steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     epoch_ends = EpochEnds(plan, config.optimizer.accumulate)
     writer = Events(folder / "events", first_step) if world.is_main else None
-    batches = session.train_batches(first_step * config.optimizer.accumulate, plan.total_steps * config.optimizer.accumulate)
+    accumulate = config.optimizer.accumulate
+    batches = session.train_batches(first_step * accumulate, plan.total_steps * accumulate)
     saver = Saver(session, folder, ema, config.checkpoint_seconds)
     pictures, clock_start = 0, time.monotonic()
-    with RunTable(plan.total_steps, first_step, show=show) as table, stop_signals() as stop:
+    # closed whatever happens: loader workers that take no SIGTERM would keep a failing program from its end
+    with RunTable(plan.total_steps, first_step, show=show) as table, stop_signals() as stop, closing(batches):
         announce(table, session, plan, first_step)
         while progress.step < plan.total_steps:
             step = progress.step
@@ -348,11 +351,12 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
             if done in evaluate_at or done == plan.total_steps:
                 evaluate_and_keep(session, plan, folder, ema, progress, lr, table, writer)
             interrupted, due = distributed.agree([stop.number is not None, saver.due()], world)
-            if due or interrupted or done in evaluate_at or done in epoch_ends or done == plan.total_steps:
-                if due or interrupted or done == plan.total_steps or saver.cheap():
-                    saver.save(progress)
+            must = due or interrupted or done == plan.total_steps
+            if must or ((done in evaluate_at or done in epoch_ends) and saver.cheap()):
+                saver.save(progress)
             if interrupted and done < plan.total_steps:
-                table.say(f"stopped at step {done} of {plan.total_steps}; continue with: saccade train --resume {folder}")
+                where = f"step {done} of {plan.total_steps}"
+                table.say(f"stopped at {where}; continue with: saccade train --resume {folder}")
                 return finish(session, folder, progress, writer, finished=False, signal_number=stop.number)
         table.say(f"finished in {clock(time.monotonic() - clock_start)}; the model is {folder / 'model.safetensors'}")
     return finish(session, folder, progress, writer, finished=True, signal_number=None)
@@ -478,7 +482,8 @@ def keep_if_best(
     if writer is not None:
         writer.add(progress.step, {f"val/{name}": value for name, value in scalars.items()})
         writer.flush()
-    table.row(progress.step, epoch, {name: value for name, value in row.items() if name not in ("step", "epoch")}, is_best)
+    shown = {name: value for name, value in row.items() if name not in ("step", "epoch")}
+    table.row(progress.step, epoch, shown, is_best)
 
 
 def full_weights(session: Session) -> dict[str, torch.Tensor]:
@@ -543,8 +548,8 @@ def note_fault(
     table.say(f"step {step}: {result.fault} is not finite (loss {loss}); weights unchanged, samples in {path}")
     if progress.faults_in_row >= limit:
         raise UserError(
-            f"{folder}: {limit} steps in a row with a non-finite {result.fault}. The samples are in {path}; if they are "
-            "sound, lower --lr or use --precision float32. The last good state is kept"
+            f"{folder}: {limit} steps in a row with a non-finite {result.fault}. The samples are in {path}; if they "
+            "are sound, lower --lr or use --precision float32. The last good state is kept"
         )
 
 
@@ -568,9 +573,9 @@ def announce(table: RunTable, session: Session, plan: Plan, first_step: int) -> 
     config, splits = session.config, session.splits
     parameters = sum(p.numel() for p in session.model.parameters())
     table.say(
-        f"{'continuing at step ' + str(first_step) + ': ' if first_step else ''}{config.model} ({parameters / 1e6:.1f} M "
-        f"parameters, {plan.precision}) on {len(splits.train)} pictures of {len(plan.class_names)} classes, "
-        f"{len(splits.val)} for validation; {plan.total_steps} steps of {config.batch_size} pictures, "
+        f"{'continuing at step ' + str(first_step) + ': ' if first_step else ''}{config.model} "
+        f"({parameters / 1e6:.1f} M parameters, {plan.precision}) on {len(splits.train)} pictures of "
+        f"{len(plan.class_names)} classes, {len(splits.val)} for validation; {plan.total_steps} steps of {config.batch_size} pictures, "
         f"about {config.preprocessing.image_size} px; folder {config.out}"
     )
     for note in splits.notes:

@@ -61,11 +61,14 @@ class EncoderBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N C"], *, queries: int | None = None, rotary: Rotary | None = None
     ) -> Float[Tensor, "B Q C"]:
-        """All tokens attend to all. With `queries`, only the first so many are computed (they still see every token)."""
+        """All tokens attend to all. With `queries`, only the first so many are computed; they still see every token."""
         if self.norm_first:
             h = self.norm1(x)
             first = x if queries is None else x[:, :queries]
-            mixed = self.attention(h if queries is None else h[:, :queries], None if queries is None else h, rotary=rotary)
+            if queries is None:
+                mixed = self.attention(h, rotary=rotary)
+            else:
+                mixed = self.attention(h[:, :queries], h, rotary=rotary)
             x = first + self._branch(mixed, self.scale1)
             return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
         first = x if queries is None else x[:, :queries]

@@ -18,7 +18,9 @@ def sinusoidal_1d(length: int, dim: int, *, base: float = 10_000.0, device: torc
     return _waves(steps, dim, base)
 
 
-def sinusoidal_2d(grid: tuple[int, int], dim: int, *, base: float = 10_000.0, device: torch.device | None = None) -> Tensor:
+def sinusoidal_2d(
+    grid: tuple[int, int], dim: int, *, base: float = 10_000.0, device: torch.device | None = None
+) -> Tensor:
     """(h * w, dim): half of the channels for the row, half for the column, row-major."""
     if dim % 4:
         raise ValueError(f"sinusoidal 2-D positions need a width that is a multiple of 4, not {dim}")

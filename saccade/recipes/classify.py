@@ -13,10 +13,10 @@ def small_from_scratch(data: DataSummary) -> dict[str, Any]:
     return {
         "model": "cct_nano" if tiny else "cct_small",
         "batch_size": 64,
-        "lr": 2e-3,
-        "optimizer": {"weight_decay": 0.05},
+        "lr": 1e-3,
+        "optimizer": {"name": "muon", "weight_decay": 0.05},
         "preprocessing": {"image_size": max(8, min(data.short_side, 32)) if tiny else 96},
-        "augment": {"crop_scale": [0.5 if tiny else 0.3, 1.0], "cutmix": 1.0, "mixup": 0.2, "mix_prob": 0.5},
+        "augment": {"crop_scale": [0.5 if tiny else 0.35, 1.0], "policy": "none", "cutmix": 1.0, "mixup": 0.2, "mix_prob": 0.5},
         "loss": {"label_smoothing": 0.1},
     }
 

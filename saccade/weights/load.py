@@ -45,7 +45,7 @@ def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Cl
     path = find_weights(config.weights)
     weights, card = load_model_file(path)
     if card.model != config.model:
-        raise UserError(f"{path}: holds a {card.model}, not a {config.model}; leave --model out, or give --model {card.model}")
+        raise UserError(f"{path}: holds a {card.model}, not a {config.model}; leave --model out, or give that name")
     described = build_network(card)
     check_weights(weights, described.state_dict(), str(path))
     notes = [f"weights from {path} ({card.training_data or 'unknown data'}; licence: {card.licence})"]
@@ -56,7 +56,8 @@ def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Cl
         else:
             fresh = network.state_dict()
             weights.update({name: fresh[name] for name in ("head.weight", "head.bias")})
-            notes.append(f"its head for {len(card.class_names)} other classes is left out; a new one for {len(class_names)}")
+            old_head = f"its head for {len(card.class_names)} other classes"
+            notes.append(f"{old_head} is left out; a new one for {len(class_names)}")
     old = described.backbone.positions
     new = backbone.positions
     table = weights.get("backbone.positions.table")

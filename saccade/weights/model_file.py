@@ -50,7 +50,8 @@ class ModelCard:
             raise UserError(f"{where}: its description is not a table; is it a model file of saccade?")
         unknown = sorted(set(values) - set(cls.__dataclass_fields__) - {"format"})
         if unknown or values.get("format", FORMAT) != FORMAT:
-            raise UserError(f"{where}: written by a newer saccade ({', '.join(unknown) or 'format'}); update the library")
+            what = ", ".join(unknown) or "format"
+            raise UserError(f"{where}: written by a newer saccade ({what}); update the library")
         try:
             return cls(
                 task=str(values["task"]),
@@ -103,7 +104,8 @@ def _refuse_pickle(path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise UserError(
-            f"{path}: a pickle (.pt, .pth), which can hold code. It was not opened. A model of saccade is a .safetensors file"
+            f"{path}: a pickle (.pt, .pth), which can hold code; it was not executed. A model of saccade is a "
+            ".safetensors file"
         )
 
 
@@ -147,7 +149,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out") from None
+        what = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({what}); free space or choose another --out") from None
 
 
 def sync_folder(folder: Path) -> None:

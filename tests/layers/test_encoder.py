@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from saccade.layers.encoder import EncoderBlock, LayerScale, drop_path
 from saccade.layers.feedforward import FeedForward, SwiGLU
@@ -44,7 +43,7 @@ def torch_name(name: str) -> str:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_equals_torch(norm_first, dtype, tolerance):
-    """Measured: 9.5e-7 in float32, 1.8e-15 in float64; gradients, of the largest: 9.5e-7 and 1.8e-15."""
+    """Measured: 4.8e-7 in float32, 4.4e-16 in float64; gradients, of the largest: 1.2e-7 and 3.1e-16."""
     torch.manual_seed(0)
     ours = EncoderBlock(24, 3, 40, norm_first=norm_first, norm_eps=1e-5).to(dtype)
     theirs = nn.TransformerEncoderLayer(
@@ -77,7 +76,7 @@ def test_some_queries_equal_those_of_all(norm_first, rotary):
     tables = rotary_2d((2, 3), 8, prefix=1) if rotary else None
     for queries in (1, 3, 7):
         whole = block(x, rotary=tables)[:, :queries]
-        assert gap(block(x, queries=queries, rotary=tables), whole) <= 2e-6  # measured 4.8e-7
+        assert gap(block(x, queries=queries, rotary=tables), whole) <= 2e-6  # measured 1.2e-7
 
 
 def test_with_weights_equals_forward_and_rows_sum_to_one():
@@ -86,7 +85,7 @@ def test_with_weights_equals_forward_and_rows_sum_to_one():
     x, tables = torch.randn(2, 7, 24), rotary_2d((2, 3), 8, prefix=1)
     got, weights = block.with_weights(x, rotary=tables)
     assert weights.shape == (2, 3, 7, 7)
-    assert gap(weights.sum(-1), torch.ones(2, 3, 7)) <= 1e-6  # measured 1.2e-7
+    assert gap(weights.sum(-1), torch.ones(2, 3, 7)) <= 1e-6  # measured 1.8e-7
     assert gap(got, block(x, rotary=tables)) <= 1e-6  # measured 2.4e-7
 
 
@@ -96,7 +95,7 @@ def test_permutation_equivariance_without_positions_and_none_with():
     randomise(block)
     x, tables = torch.randn(2, 6, 24), rotary_2d((2, 3), 8)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    assert gap(block(x[:, order]), block(x)[:, order]) <= 2e-6  # measured 7.2e-7
+    assert gap(block(x[:, order]), block(x)[:, order]) <= 2e-6  # measured 2.4e-7
     assert gap(block(x[:, order], rotary=tables), block(x, rotary=tables)[:, order]) > 0.001
 
 
@@ -125,16 +124,15 @@ def test_block_in_training_skips_branches_by_sample():
     kinds = block(x).flatten(1).unique(dim=0)
     assert len(kinds) == 4  # each of two branches there or not
     assert (kinds == x[0].flatten()).all(dim=1).any()
-    assert gap(block.eval()(x)[0], block(x[:1])[0]) <= 1e-6  # measured 2.4e-7
+    assert gap(block.eval()(x)[0], block(x[:1])[0]) <= 1e-6  # measured 0
 
 
 def test_layer_scale():
     x = torch.randn(2, 5, 24)
     scale = LayerScale(24, 0.1)
     assert gap(scale(x), 0.1 * x) == 0
-    nn.init.zeros_(scale.scale)
     block = EncoderBlock(24, 3, 40, layer_scale=1e-9)
-    assert gap(block(x), x) <= 1e-6  # measured 0: a block that begins as nothing
+    assert gap(block(x), x) <= 1e-6  # measured 4.7e-10: the block begins as nothing
     assert {"scale1.scale", "scale2.scale"} <= {name for name, _ in block.named_parameters()}
     assert not any("scale" in name for name, _ in EncoderBlock(24, 3, 40).named_parameters())
 
@@ -145,7 +143,7 @@ def test_feed_forward_formula():
     x = torch.randn(2, 5, 6)
     hidden = x @ module.up.weight.T + module.up.bias
     hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-    assert gap(module(x), hidden @ module.down.weight.T + module.down.bias) <= 1e-6  # measured 6.0e-8
+    assert gap(module(x), hidden @ module.down.weight.T + module.down.bias) <= 1e-6  # measured 3.0e-8
 
 
 def test_swiglu_shape_and_formula():
@@ -166,4 +164,4 @@ def test_dropout_only_in_training(kind):
     module, x = kind(6, 10, dropout=0.5), torch.randn(4, 5, 6)
     assert 0.2 < (module(x) == 0).float().mean() < 0.8
     module.eval()
-    assert torch.equal(module(x), module(x)) and (F.dropout(module(x), 0.0) != 0).all()
+    assert torch.equal(module(x), module(x)) and (module(x) != 0).all()
