@@ -155,9 +155,11 @@ def watch(moments: Moments) -> None:
 
     save, replace, step, evaluate = torch.save, os.replace, train.train_step, train.evaluate
 
-    def watched_save(state: Any, file: Any, *rest: Any) -> None:
+    def watched_save(state: Any, file: Any, **options: Any) -> None:
+        if not isinstance(file, io.BufferedWriter):  # memory, by which processes send each other objects
+            return save(state, file, **options)
         buffer = io.BytesIO()
-        save(state, buffer, *rest)
+        save(state, buffer, **options)
         data = buffer.getvalue()
         file.write(data[: len(data) // 2])
         file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    unreadable: list[str] | None = None,
 ) -> ClassificationReport:
-    """Run a model over labelled data. `progress(done, total)` is called after each batch."""
+    """Run a model over labelled data. `progress(done, total)` is called after each batch.
+
+    What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count.
+    """
+    failed: list[str] = [] if unreadable is None else unreadable
     loaded = Model.load(model, device=device)
     source = with_class_names(open_source(Path(data), split), loaded.class_names, str(model))
     config = DataConfig()
@@ -62,9 +68,12 @@ def evaluate(
         workers=workers,
     )
     normalise = Normalise(loaded.preprocessing, loaded.device)
-    return evaluate_batches(
-        loaded.network, batches, task, normalise, loaded.device, loaded.precision, World(), progress=count
+    report = evaluate_batches(
+        loaded.network, batches, task, normalise, loaded.device, loaded.precision, World(), count, failed
     )
+    if failed and unreadable is None:
+        warnings.warn(f"{len(failed)} pictures could not be read and do not count:\n" + "\n".join(failed), stacklevel=3)
+    return report
 
 
 def with_class_names(source: Source, class_names: tuple[str, ...], model: str) -> Source:

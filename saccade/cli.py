@@ -102,14 +102,32 @@ def refuse_unknown(options: argparse.Namespace, further: list[str]) -> None:
 
 # --- train -----------------------------------------------------------------------------------------------------------
 
-SHORT = ("task", "recipe", "model", "weights", "epochs", "minutes", "steps", "batch_size", "lr", "seed", "workers", "device", "out")
+SHORT = (
+    "task",
+    "recipe",
+    "model",
+    "weights",
+    "epochs",
+    "minutes",
+    "steps",
+    "batch_size",
+    "lr",
+    "seed",
+    "workers",
+    "device",
+    "out",
+)
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", help=RunConfig.model_fields["data"].description)
-    main_group = parser.add_argument_group("what is asked most (where no default is named, the recipe chooses it from the data)")
+    main_group = parser.add_argument_group(
+        "what is asked most (where no default is named, the recipe chooses it from the data)"
+    )
     main_group.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly where it was")
-    main_group.add_argument("--image-size", dest="preprocessing.image_size", metavar="N", help="as --preprocessing.image-size")
+    main_group.add_argument(
+        "--image-size", dest="preprocessing.image_size", metavar="N", help="as --preprocessing.image-size"
+    )
     for name in SHORT:
         add_field(main_group, RunConfig, name, "")
     main_group.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
@@ -153,7 +171,7 @@ def literals(annotation: Any) -> list[Any]:
 
 
 def from_text(model: type[Config], path: str, text: str) -> Any:
-    """`none` for a setting that may be absent, numbers in a row for a tuple, otherwise the text, which pydantic reads."""
+    """`none` for a setting that may be absent, a list for a tuple, otherwise the text, which pydantic reads."""
     name, _, rest = path.partition(".")
     annotation = model.model_fields[name].annotation
     if rest:
@@ -257,6 +275,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from saccade.api import evaluate
     from saccade.engine.progress import counter
 
+    unreadable: list[str] = []
     with counter("evaluating") as progress:
         report = evaluate(
             options.model,
@@ -266,7 +285,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             workers=options.workers,
             progress=progress,
+            unreadable=unreadable,
         )
+    for what in unreadable:
+        print(f"left out: {what}", file=sys.stderr)
     if options.json:
         print(json.dumps(report.to_dict()))
     else:

@@ -25,51 +25,89 @@ class Config(BaseModel):
 class PreprocessingConfig(Config):
     """From a picture of any size to the model's pixels. Stored in the model file."""
 
-    image_size: int = Field(default=224, ge=4, le=4096, description="pictures get about image_size^2 pixels, in their own shape")
+    image_size: int = Field(
+        default=224, ge=4, le=4096, description="pictures get about image_size^2 pixels, in their own shape"
+    )
     stride: int = Field(default=16, ge=1, le=256, description="height and width are multiples of this many pixels")
-    max_aspect: float = Field(default=2.0, ge=1, le=8, description="wider or taller pictures are cropped to this aspect ratio")
-    mean: tuple[float, float, float] = Field(default=(0.485, 0.456, 0.406), description="per channel, of values in 0..1")
+    max_aspect: float = Field(
+        default=2.0, ge=1, le=8, description="wider or taller pictures are cropped to this aspect ratio"
+    )
+    mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="per channel, of values in 0..1"
+    )
     std: tuple[float, float, float] = Field(default=(0.229, 0.224, 0.225), description="per channel, of values in 0..1")
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = Field(default="bicubic", description="for every resize")
-    crop: float = Field(default=1.0, gt=0.1, le=1, description="the central share of each side that is kept in evaluation")
+    crop: float = Field(
+        default=1.0, gt=0.1, le=1, description="the central share of each side that is kept in evaluation"
+    )
 
 
 class DataConfig(Config):
     """Where samples come from and how they are read."""
 
-    val_fraction: float = Field(default=0.2, gt=0, lt=1, description="held out where the data has no val split (stratified)")
+    val_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="held out where the data has no val split (stratified)"
+    )
     split_seed: int = Field(default=0, ge=0, description="seed of that automatic split")
-    max_pixels: int = Field(default=178_956_970, ge=1, description="pictures of more pixels are refused before decoding")
-    cache: Literal["auto", "off"] = Field(default="auto", description="keep decoded pictures in memory where all of them fit")
+    max_pixels: int = Field(
+        default=178_956_970, ge=1, description="pictures of more pixels are refused before decoding"
+    )
+    cache: Literal["auto", "off"] = Field(
+        default="auto", description="keep decoded pictures in memory where all of them fit"
+    )
     cache_bytes: int = Field(default=2**30, ge=0, description="how much memory that cache may take in each process")
 
 
 class AugmentConfig(Config):
     """Random changes of a training picture; each is drawn from the sample's own seed."""
 
-    crop_scale: tuple[float, float] = Field(default=(0.35, 1.0), description="share of the area that a random crop keeps")
-    crop_aspect: tuple[float, float] = Field(default=(0.75, 1.3333), description="aspect of the crop relative to the picture's")
+    train_size: int | None = Field(
+        default=None,
+        ge=4,
+        le=4096,
+        description="image_size in training; smaller is faster, and crops show things larger",
+    )
+    crop_scale: tuple[float, float] = Field(
+        default=(0.35, 1.0), description="share of the area that a random crop keeps"
+    )
+    crop_aspect: tuple[float, float] = Field(
+        default=(0.75, 1.3333), description="aspect of the crop relative to the picture's"
+    )
     hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a left-right flip")
     vflip: float = Field(default=0.0, ge=0, le=1, description="probability of a top-bottom flip")
-    policy: Literal["none", "trivial", "rand"] = Field(default="trivial", description="TrivialAugment, RandAugment or neither")
+    policy: Literal["none", "trivial", "rand"] = Field(
+        default="trivial", description="TrivialAugment, RandAugment or neither"
+    )
     magnitude: int = Field(default=7, ge=0, le=30, description="strength of RandAugment")
-    color_jitter: float = Field(default=0.0, ge=0, le=1, description="strength of random brightness, contrast and saturation")
+    color_jitter: float = Field(
+        default=0.0, ge=0, le=1, description="strength of random brightness, contrast and saturation"
+    )
     erase: float = Field(default=0.0, ge=0, le=1, description="probability that a random rectangle is erased")
     mixup: float = Field(default=0.0, ge=0, description="alpha of mixup's Beta distribution; 0 is off")
     cutmix: float = Field(default=0.0, ge=0, description="alpha of cutmix's Beta distribution; 0 is off")
-    mix_prob: float = Field(default=1.0, ge=0, le=1, description="probability that a sample is mixed, where either is on")
+    mix_prob: float = Field(
+        default=1.0, ge=0, le=1, description="probability that a sample is mixed, where either is on"
+    )
 
 
 class OptimizerConfig(Config):
     """How the weights move."""
 
-    name: Literal["adamw", "muon"] = Field(default="adamw", description="muon: hidden matrices by Muon, the rest by AdamW")
-    weight_decay: float = Field(default=0.05, ge=0, description="decoupled; not for biases, norms, tokens, positions and scales")
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: hidden matrices by Muon, the rest by AdamW"
+    )
+    weight_decay: float = Field(
+        default=0.05, ge=0, description="decoupled; not for biases, norms, tokens, positions and scales"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's momentum (Nesterov)")
-    layer_decay: float = Field(default=1.0, gt=0, le=1, description="lr of a block is this times that of the block after it")
-    clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of all gradients together; none: no clipping")
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="lr of a block is this times that of the block after it"
+    )
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="largest norm of all gradients together; none: no clipping"
+    )
     accumulate: int = Field(default=1, ge=1, description="batches whose gradients are added up before one step")
 
 
@@ -83,11 +121,15 @@ class ScheduleConfig(Config):
 class NetworkConfig(Config):
     """Changes of the named architecture; `none` keeps what its row of the table says."""
 
-    drop_path: float | None = Field(default=None, ge=0, lt=1, description="stochastic depth: largest rate, at the last block")
+    drop_path: float | None = Field(
+        default=None, ge=0, lt=1, description="stochastic depth: largest rate, at the last block"
+    )
     dropout: float | None = Field(default=None, ge=0, lt=1, description="dropout after each feed-forward layer")
     patch_size: int | None = Field(default=None, ge=1, le=64, description="pixels per token side")
     pool: Literal["token", "mean", "sequence"] | None = Field(default=None, description="how tokens become one vector")
-    position: Literal["learned", "sinusoidal", "rotary", "none"] | None = Field(default=None, description="position encoding")
+    position: Literal["learned", "sinusoidal", "rotary", "none"] | None = Field(
+        default=None, description="position encoding"
+    )
     registers: int | None = Field(default=None, ge=0, le=64, description="extra tokens without a picture patch")
     layer_scale: float | None = Field(default=None, gt=0, description="initial value of LayerScale")
     mlp: Literal["gelu", "swiglu"] | None = Field(default=None, description="kind of feed-forward network")
@@ -102,7 +144,9 @@ class LossConfig(Config):
 class EmaConfig(Config):
     """A moving average of the weights, which is what is evaluated and kept."""
 
-    decay: float | None = Field(default=0.998, gt=0, lt=1, description="per step, warmed up; none: keep the last weights")
+    decay: float | None = Field(
+        default=0.998, gt=0, lt=1, description="per step, warmed up; none: keep the last weights"
+    )
 
 
 class DistributedConfig(Config):
@@ -114,28 +158,42 @@ class DistributedConfig(Config):
 class RunConfig(Config):
     """One run. A recipe fills it from the data; every flag that is given overrides the recipe."""
 
-    data: str = Field(description="folder, table (.csv, .jsonl), folder of .tar shards, or Hugging Face dataset on disk")
+    data: str = Field(
+        description="folder, table (.csv, .jsonl), folder of .tar shards, or Hugging Face dataset on disk"
+    )
     val: str | None = Field(default=None, description="validation data, where it does not lie beside the training data")
     task: Literal["classify"] = Field(default="classify", description="what is learnt")
-    recipe: str = Field(default="auto", description="small_from_scratch, fine_tune, linear_probe, large; auto: from the data")
+    recipe: str = Field(
+        default="auto", description="small_from_scratch, fine_tune, linear_probe, large; auto: from the data"
+    )
     model: str = Field(default="cct_small", description="a name that `saccade models` lists")
-    weights: str | None = Field(default=None, description="model file, run folder or name to start from; none: from scratch")
+    weights: str | None = Field(
+        default=None, description="model file, run folder or name to start from; none: from scratch"
+    )
     epochs: float | None = Field(default=None, gt=0, description="length of the run, in passes over the data")
-    minutes: float | None = Field(default=None, gt=0, description="length of the run; the number of steps is measured and fixed")
+    minutes: float | None = Field(
+        default=None, gt=0, description="length of the run; the number of steps is measured and fixed"
+    )
     steps: int | None = Field(default=None, ge=1, description="length of the run, in optimizer steps")
     batch_size: int = Field(default=64, ge=1, description="pictures per step, over all processes together")
     lr: float = Field(default=1e-3, gt=0, description="highest learning rate")
     seed: int = Field(default=0, ge=0, description="of weights, order, augmentation and everything else that is random")
     workers: int = Field(default=0, ge=0, le=256, description="processes that read and augment; changes no result")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 where it is fast")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 where it is fast"
+    )
     compile: bool = Field(default=False, description="use torch.compile")
     train_part: Literal["all", "head"] = Field(default="all", description="head: linear probe on a frozen backbone")
     out: str = Field(default="runs/run", description="the run's folder, which must not hold a run already")
     checkpoint_seconds: float | None = Field(
-        default=None, ge=0, description="between saves of the state; none: 60, or longer where saving would cost over 1 % of the time"
+        default=None,
+        ge=0,
+        description="between saves of the state; none: 60, or longer where saving would cost over 1 % of the time",
     )
-    evaluations: int = Field(default=10, ge=1, description="about how often the validation split is evaluated during the run")
+    evaluations: int = Field(
+        default=10, ge=1, description="about how often the validation split is evaluated during the run"
+    )
     max_faults: int = Field(default=5, ge=1, description="steps in a row with a non-finite loss before the run stops")
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     sources: DataConfig = DataConfig()
@@ -147,8 +205,11 @@ class RunConfig(Config):
     ema: EmaConfig = EmaConfig()
     distributed: DistributedConfig = DistributedConfig()
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+    @property
+    def train_preprocessing(self) -> PreprocessingConfig:
+        """As in evaluation, but for the size: after random crops things look larger, https://arxiv.org/abs/1906.06423."""
+        size = self.augment.train_size or self.preprocessing.image_size
+        return self.preprocessing.model_copy(update={"image_size": size})
 
 
 def field_paths(model: type[Config] = RunConfig, prefix: str = "") -> list[str]:
@@ -180,7 +241,7 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def build_config(values: Mapping[str, Any], where: str = "") -> RunConfig:
-    """Validate a nested mapping. All faults are reported in one error, each with its place and the closest right name."""
+    """Validate a nested mapping. All faults come in one error, each with its place and the closest right name."""
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

@@ -36,7 +36,9 @@ def demo(out: str, *, minutes: float = 2.0, seed: int = 0) -> dict[str, Any]:
     sheet = contact_sheet(predictions, folder / "predictions.png", [file.parent.name for file in chosen])
     positions = model.network.backbone.positions
     assert positions is not None
-    drawn = position_similarity(positions.table.detach().float().cpu().numpy(), positions.grid, folder / "positions.png")
+    drawn = position_similarity(
+        positions.table.detach().float().cpu().numpy(), positions.grid, folder / "positions.png"
+    )
     print(f"{100 * report.top1:.1f} % of {report.count} held-out digits are named rightly.", file=sys.stderr)
     print(f"pictures: {sheet} (what was seen), {drawn} (which positions the model holds to be alike)", file=sys.stderr)
     print(
@@ -44,7 +46,13 @@ def demo(out: str, *, minutes: float = 2.0, seed: int = 0) -> dict[str, Any]:
         "  saccade inspect my_pictures/\n  saccade train my_pictures/ --minutes 10",
         file=sys.stderr,
     )
-    return {"top1": report.top1, "count": report.count, "predictions": str(sheet), "positions": str(drawn), "run": str(run)}
+    return {
+        "top1": report.top1,
+        "count": report.count,
+        "predictions": str(sheet),
+        "positions": str(drawn),
+        "run": str(run),
+    }
 
 
 def settings() -> dict[str, Any]:
@@ -70,5 +78,3 @@ def write_digits(folder: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(np.round(255 * pixels / 16).astype(np.uint8))
         picture.save(place / f"{i:04d}.png")
-
-

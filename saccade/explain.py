@@ -13,7 +13,7 @@ def attention_rollout(trace: AttentionTrace) -> Float[Tensor, "B h w"]:
     """How much of each patch flows into the summary through all blocks: https://arxiv.org/abs/2005.00928.
 
     Each block mixes its attention (mean over heads) equally with the residual connection; the maps are multiplied from
-    the pooling down to the patches. Registers and the class token are left out, and each map is scaled to a maximum of 1.
+    the pooling down to the patches. Registers and the class token are left out; each map is scaled to a maximum of 1.
     """
     flow = trace.pooling.float()[:, None]  # (B, 1, N)
     for weights in reversed(trace.weights):

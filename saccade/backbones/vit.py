@@ -78,13 +78,36 @@ VIT = {
         drop_path=0.1,
     ),
     "cct_n1": ViTConfig(
-        dim=192, depth=4, heads=3, hidden=384, stem=(64, 128), stem_repeats=(1, 2), pool="sequence", image_size=32, drop_path=0.1
+        dim=192,
+        depth=4,
+        heads=3,
+        hidden=384,
+        stem=(64, 128),
+        stem_repeats=(1, 2),
+        pool="sequence",
+        image_size=32,
+        drop_path=0.1,
     ),
     "cct_n2": ViTConfig(
-        dim=256, depth=3, heads=4, hidden=512, stem=(64, 128, 256), stem_repeats=(1, 1, 1), pool="sequence", image_size=32, drop_path=0.1
+        dim=256,
+        depth=3,
+        heads=4,
+        hidden=512,
+        stem=(64, 128, 256),
+        stem_repeats=(1, 1, 1),
+        pool="sequence",
+        image_size=32,
+        drop_path=0.1,
     ),
     "cct_base": ViTConfig(
-        dim=384, depth=14, heads=6, hidden=1152, stem=(64, 128, 256, 384), pool="sequence", image_size=224, drop_path=0.1
+        dim=384,
+        depth=14,
+        heads=6,
+        hidden=1152,
+        stem=(64, 128, 256, 384),
+        pool="sequence",
+        image_size=224,
+        drop_path=0.1,
     ),
 }
 
@@ -200,4 +223,6 @@ class ViT(nn.Module):
         """0 for the embedding, i + 1 for block i, one more for what comes after: for layer-wise learning rates."""
         if parameter.startswith("blocks."):
             return int(parameter.split(".")[1]) + 1
-        return 0 if parameter.startswith(("patches.", "class_token", "registers", "positions.")) else len(self.blocks) + 1
+        return (
+            0 if parameter.startswith(("patches.", "class_token", "registers", "positions.")) else len(self.blocks) + 1
+        )

@@ -53,6 +53,8 @@ def save_checkpoint(
     """
     failure = ""
     try:
+        if world.is_main:
+            folder.mkdir(exist_ok=True)
         if sharded:
             _save_sharded(folder, step, progress, model, optimizers, ema, world)
         elif world.is_main:
@@ -69,12 +71,19 @@ def save_checkpoint(
             for old in [*later, *found[len(later) + KEEP :], *folder.glob(".step-*.tmp")]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        failure = str(error)
+        failure = _reason(error)
     if agree([bool(failure)], world)[0]:
         raise UserError(
             f"{folder}: the state at step {step} cannot be saved ({failure or 'another process failed'}). The run ends "
             "here; free space or make the folder writable, then continue with `saccade train --resume`"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the stack of every process that torch's exception for many of them prints."""
+    if isinstance(error, dcp.CheckpointException):
+        return "; ".join(sorted({str(failure[0]) or repr(failure[0]) for failure in error.failures.values()}))
+    return str(error)
 
 
 def _step_of(path: Path) -> int:
@@ -141,11 +150,16 @@ def load_checkpoint(
     """Put a saved state into model, optimizers and average, strictly; returns the progress that was saved with it."""
     if path.is_dir():
         progress = _read(path / "progress.pt")
+        try:
+            # alone first: torch logs the stack of what goes wrong here, and tries the next best file
+            _SafeReader(path).read_metadata()
+        except (OSError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path / '.metadata'}: damaged ({error}); delete {path}") from None
         state = _sharded_state(model, optimizers, ema)
         try:
             dcp.load(state, storage_reader=_SafeReader(path), planner=_SafePlanner())
         except (dcp.CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: cannot be read or does not fit this run ({error})") from None
+            raise UserError(f"{path}: cannot be read or does not fit this run ({_reason(error)})") from None
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizers, optim_state_dict=state["optimizers"])
         if ema is not None:
@@ -177,8 +191,8 @@ def _read(path: Path) -> Any:
 class _SafeReader(dcp.FileSystemReader):
     """torch's reader of sharded states runs what a pickle says; this one builds nothing but a state's description."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+    def read_metadata(self, *, rank: int | None = None) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(rank), "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("its .metadata describes no state")

@@ -11,12 +11,10 @@ import hashlib
 import json
 import math
 import random
-import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,9 @@ from saccade.engine.ema import Ema
 from saccade.engine.evaluate import Normalise, evaluate_batches
 from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
+from saccade.engine.plan import EpochEnds, Plan, data_hash, load_plan
 from saccade.engine.progress import RunTable, clock
+from saccade.engine.signals import stop_signals
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
 from saccade.tasks.classification import ClassificationTask
@@ -45,23 +45,6 @@ from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model, write_atomically
 
 SAVING_SHARE = 0.01  # of the run's time, at most, unless the interval was given
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is fixed when a run starts and kept when it is resumed. Stored as `plan.json`."""
-
-    total_steps: int
-    batches_per_epoch: int
-    batch_size: int
-    precision: str
-    class_names: tuple[str, ...]
-    data_hash: str
-    world_size: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
 
 
 @dataclass
@@ -119,7 +102,7 @@ class Session:
             self.train_sizes,
             self.task.train_transform,
             self.task.train_collate,
-            preprocessing=config.preprocessing,
+            preprocessing=config.train_preprocessing,
             data=config.sources,
             batch_size=config.batch_size,
             seed=config.seed,
@@ -156,7 +139,7 @@ def train(config: RunConfig, *, resume: bool = False, show: bool = True) -> Trai
         if not resume:
             make_run_folder(folder, config, world)
         session = open_session(config, world)
-        plan = load_plan(folder, session) if resume and (folder / "plan.json").exists() else None
+        plan = load_plan(folder, session.splits, world) if resume and (folder / "plan.json").exists() else None
         if plan is None:
             plan = make_plan(session, began, show and world.is_main)
             if world.is_main:
@@ -253,30 +236,6 @@ def make_plan(session: Session, began: float, show: bool) -> Plan:
     )
 
 
-def load_plan(folder: Path, session: Session) -> Plan:
-    """The plan of a run that is continued; data or machine that would change the result are refused."""
-    try:
-        values = json.loads((folder / "plan.json").read_text())
-        plan = Plan(**{**values, "class_names": tuple(values["class_names"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'plan.json'}: damaged ({error!r}); the run cannot be continued exactly") from None
-    if plan.data_hash != data_hash(session.splits):
-        raise UserError(f"{session.config.data}: is not the data that {folder} began with (files or labels differ)")
-    if plan.world_size != session.world.size:
-        raise UserError(f"{folder}: was begun with {plan.world_size} processes, not {session.world.size}; use as many")
-    return plan
-
-
-def data_hash(splits: Splits) -> str:
-    """Of the order and labels of all samples, by which a resumed run knows its data again."""
-    digest = hashlib.sha256()
-    for source in (splits.train, splits.val):
-        digest.update(np.ascontiguousarray(source.labels).tobytes())
-        for i in range(len(source)):
-            digest.update(Path(source.id(i)).name.encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
 def steps_within(session: Session, seconds: float, began: float, show: bool) -> int:
     """How many steps fit: takes real steps for a few seconds, evaluates once, and puts everything back as it was."""
     config, table = session.config, RunTable(1, 0, show=show)
@@ -357,7 +316,8 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
             if interrupted and done < plan.total_steps:
                 where = f"step {done} of {plan.total_steps}"
                 table.say(f"stopped at {where}; continue with: saccade train --resume {folder}")
-                return finish(session, folder, progress, writer, finished=False, signal_number=stop.number)
+                numbers = [number for number in distributed.gather(stop.number, world) if number is not None]
+                return finish(session, folder, progress, writer, finished=False, signal_number=numbers[0])
         table.say(f"finished in {clock(time.monotonic() - clock_start)}; the model is {folder / 'model.safetensors'}")
     return finish(session, folder, progress, writer, finished=True, signal_number=None)
 
@@ -491,7 +451,8 @@ def full_weights(session: Session) -> dict[str, torch.Tensor]:
         return session.model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(session.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(session.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
 def describe(session: Session, plan: Plan, scalars: dict[str, float], step: int) -> ModelCard:
@@ -575,8 +536,8 @@ def announce(table: RunTable, session: Session, plan: Plan, first_step: int) -> 
     table.say(
         f"{'continuing at step ' + str(first_step) + ': ' if first_step else ''}{config.model} "
         f"({parameters / 1e6:.1f} M parameters, {plan.precision}) on {len(splits.train)} pictures of "
-        f"{len(plan.class_names)} classes, {len(splits.val)} for validation; {plan.total_steps} steps of {config.batch_size} pictures, "
-        f"about {config.preprocessing.image_size} px; folder {config.out}"
+        f"{len(plan.class_names)} classes, {len(splits.val)} for validation; {plan.total_steps} steps of "
+        f"{config.batch_size} pictures, about {config.preprocessing.image_size} px; folder {config.out}"
     )
     for note in splits.notes:
         table.say(f"note: {note}")
@@ -619,43 +580,6 @@ class Saver:
         self.last = time.monotonic()
         self.cost = self.last - start
         self.spent += self.cost
-
-
-class EpochEnds:
-    """The numbers of steps at which an epoch ends."""
-
-    def __init__(self, plan: Plan, accumulate: int):
-        self.per_epoch, self.accumulate = plan.batches_per_epoch, accumulate
-
-    def __contains__(self, done: int) -> bool:
-        before, after = (done - 1) * self.accumulate // self.per_epoch, done * self.accumulate // self.per_epoch
-        return after > before
-
-
-@dataclass
-class StopRequest:
-    number: int | None = None
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM ask for a stop after the step in progress; a second one stops at once."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if request.number is not None:
-            raise KeyboardInterrupt
-        request.number = number
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def finish(

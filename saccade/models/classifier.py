@@ -30,7 +30,9 @@ class Classifier(nn.Module):
 
     def depth_of(self, parameter: str) -> int:
         """Layers below the parameter, for layer-wise learning rates; the head is the deepest."""
-        return self.backbone.depth_of(parameter.removeprefix("backbone.")) if self.in_backbone(parameter) else self.depth
+        return (
+            self.backbone.depth_of(parameter.removeprefix("backbone.")) if self.in_backbone(parameter) else self.depth
+        )
 
     @property
     def depth(self) -> int:

@@ -15,8 +15,15 @@ def small_from_scratch(data: DataSummary) -> dict[str, Any]:
         "batch_size": 64,
         "lr": 1e-3,
         "optimizer": {"name": "muon", "weight_decay": 0.05},
-        "preprocessing": {"image_size": max(8, min(data.short_side, 32)) if tiny else 96},
-        "augment": {"crop_scale": [0.5 if tiny else 0.35, 1.0], "policy": "none", "cutmix": 1.0, "mixup": 0.2, "mix_prob": 0.5},
+        "preprocessing": {"image_size": max(8, min(data.short_side, 32)) if tiny else 112},
+        "augment": {
+            "train_size": None if tiny else 80,
+            "crop_scale": [0.5 if tiny else 0.35, 1.0],
+            "policy": "none",
+            "cutmix": 1.0,
+            "mixup": 0.2,
+            "mix_prob": 0.5,
+        },
         "loss": {"label_smoothing": 0.1},
     }
 
@@ -46,7 +53,7 @@ def linear_probe(data: DataSummary) -> dict[str, Any]:
 
 
 def large(data: DataSummary) -> dict[str, Any]:
-    """A hundred thousand pictures or more from scratch, after https://arxiv.org/abs/2205.01580 (plain ViT-S, 224 px)."""
+    """A hundred thousand pictures or more from scratch: plain ViT-S after https://arxiv.org/abs/2205.01580."""
     return {
         "model": "vit_small",
         "batch_size": 1024,

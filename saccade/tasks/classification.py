@@ -23,7 +23,7 @@ class ClassificationTask:
     def __init__(self, class_names: tuple[str, ...], config: RunConfig):
         self.class_names = class_names
         self.label_smoothing = config.loss.label_smoothing
-        self.train_transform = TrainTransform(config.augment, config.preprocessing)
+        self.train_transform = TrainTransform(config.augment, config.train_preprocessing)
         self.train_collate = partial(collate_train, num_classes=len(class_names))
         self.eval_transform = EvalTransform(config.preprocessing)
         self.eval_collate = collate_eval

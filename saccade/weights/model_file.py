@@ -102,7 +102,7 @@ def _refuse_pickle(path: Path) -> None:
             start = file.read(4)  # only of a file that is no model: such bytes may also begin a sound one
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+    if start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise UserError(
             f"{path}: a pickle (.pt, .pth), which can hold code; it was not executed. A model of saccade is a "
             ".safetensors file"

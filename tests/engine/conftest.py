@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saccade.config import RunConfig
+from saccade.config import RunConfig, merge
 from saccade.recipes import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,7 @@ SETTINGS = {
     "model": "vit_micro",
     "batch_size": 8,
     "lr": 1e-3,
+    "optimizer": {"name": "adamw"},
     "workers": 0,
     "device": "cpu",
     "precision": "float32",
@@ -68,10 +69,7 @@ def config(pictures: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
     def build(**changes: Any) -> RunConfig:
         values = {"data": str(pictures), "out": str(tmp_path / "run"), "steps": 12, "evaluations": 2, **SETTINGS}
-        merged = {**values, **changes}
-        if "preprocessing" in changes:
-            merged["preprocessing"] = {**SETTINGS["preprocessing"], **changes["preprocessing"]}  # pyright: ignore
-        return resolve(merged)
+        return resolve(merge(values, changes))
 
     return build
 

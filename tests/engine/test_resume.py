@@ -5,6 +5,7 @@ A few kills are here; `python -m benchmarks.resume_matrix` makes all of them.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ import torch
 import saccade
 from saccade import UserError
 from saccade.cli import main
+from saccade.engine import checkpoint
 from saccade.engine.checkpoint import list_checkpoints
 from saccade.engine.train import resume_config, train
 
@@ -31,11 +33,17 @@ COMMON = [
 
 # every source of randomness and state is on in one of them
 VARIANTS = {
-    "vit, AdamW": ["--model=vit_micro", "--network.drop-path=0.2", "--augment.mixup=0.3", "--network.dropout=0.1"],
+    "vit, AdamW": [
+        "--model=vit_micro", "--optimizer.name=adamw", "--network.drop-path=0.2", "--augment.mixup=0.3",
+        "--network.dropout=0.1",
+    ],
     "vit, Muon": ["--model=vit_micro", "--optimizer.name=muon", "--network.registers=2", "--augment.policy=rand"],
-    "cct, AdamW": ["--model=cct_nano", "--augment.erase=0.5", "--augment.cutmix=1.0", "--optimizer.layer-decay=0.8"],
+    "cct, AdamW": [
+        "--model=cct_nano", "--optimizer.name=adamw", "--augment.erase=0.5", "--augment.cutmix=1.0",
+        "--optimizer.layer-decay=0.8",
+    ],
     "cct, Muon": ["--model=cct_nano", "--optimizer.name=muon", "--ema.decay=none", "--optimizer.accumulate=2"],
-}
+}  # fmt: skip
 
 
 class Place:
@@ -407,7 +415,21 @@ def test_sharded_state_with_code_is_not_executed(runner: Any, pictures: Path, tm
         ended = start("--resume", run)
         assert ended.code == 2, ended.output
         assert not created.exists(), name
-        assert "Traceback (most recent call last):\n  File" not in ended.output.split("saccade: error")[0]
+        assert "Traceback" not in ended.output
+
+
+def test_parts_of_a_sharded_state_with_code(tmp_path: Path) -> None:
+    """torch's own reader unpickles the description of a sharded state, and the numbers in it, without any limit."""
+    created = tmp_path / "created"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload(created)))
+    with pytest.raises(pickle.UnpicklingError, match="not executed"):
+        checkpoint._SafeReader(tmp_path).read_metadata()
+    number = io.BytesIO()
+    torch.save(Payload(created), number)
+    number.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint._SafePlanner().load_bytes(None, number)  # pyright: ignore[reportArgumentType]
+    assert not created.exists()
 
 
 @pytest.mark.slow

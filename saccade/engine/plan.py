@@ -1,0 +1,67 @@
+"""What is fixed when a run starts and must be found again when it is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saccade.data.sources import Splits
+from saccade.engine.distributed import World
+from saccade.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when a run starts and kept when it is resumed. Stored as `plan.json`."""
+
+    total_steps: int
+    batches_per_epoch: int
+    batch_size: int
+    precision: str
+    class_names: tuple[str, ...]
+    data_hash: str
+    world_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
+
+
+def load_plan(folder: Path, splits: Splits, world: World) -> Plan:
+    """The plan of a run that is continued; data or machine that would change the result are refused."""
+    try:
+        values = json.loads((folder / "plan.json").read_text())
+        plan = Plan(**{**values, "class_names": tuple(values["class_names"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'plan.json'}: damaged ({error!r}); the run cannot be continued exactly") from None
+    if plan.data_hash != data_hash(splits):
+        raise UserError(f"{splits.train.path}: is not the data that {folder} began with (files or labels differ)")
+    if plan.world_size != world.size:
+        raise UserError(f"{folder}: was begun with {plan.world_size} processes, not {world.size}; use as many")
+    return plan
+
+
+def data_hash(splits: Splits) -> str:
+    """Of the order and labels of all samples, by which a resumed run knows its data again."""
+    digest = hashlib.sha256()
+    for source in (splits.train, splits.val):
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+        for i in range(len(source)):
+            digest.update(Path(source.id(i)).name.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class EpochEnds:
+    """The numbers of steps at which an epoch ends."""
+
+    def __init__(self, plan: Plan, accumulate: int):
+        self.per_epoch, self.accumulate = plan.batches_per_epoch, accumulate
+
+    def __contains__(self, done: int) -> bool:
+        before, after = (done - 1) * self.accumulate // self.per_epoch, done * self.accumulate // self.per_epoch
+        return after > before

@@ -1,0 +1,355 @@
+"""The command: its exit codes, its messages, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import saccade
+from saccade.cli import COMMANDS, main
+
+TINY = ["--model=vit_micro", "--image-size=16", "--batch-size=8", "--device=cpu", "--precision=float32"]
+CLASSES = ("blue", "green", "red")
+
+
+def make_pictures(root: Path, classes: tuple[str, ...] = CLASSES, train: int = 4, val: int = 2) -> Path:
+    for split, count in (("train", train), ("val", val)):
+        for k, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                values = np.random.default_rng(10 * k + i).integers(0, 120, (20, 24, 3), dtype=np.uint8)
+                values[..., k % 3] += 100
+                Image.fromarray(values).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    assert main(["train", str(pictures), *TINY, "--steps=20", "--lr=1e-3", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the command in an empty folder; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        answer = capsys.readouterr()
+        assert "Traceback" not in answer.out + answer.err
+        if code == 2:
+            assert answer.err.startswith("saccade: error: ")
+        return code, answer.out, answer.err
+
+    return call
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [name for name, *_ in COMMANDS])
+def test_help(run: Callable[..., Any], command: str) -> None:
+    code, out, err = run(command, "--help")
+    assert code == 0 and err == "" and f"usage: saccade {command}" in out
+    assert "None" not in out and "==SUPPRESS==" not in out
+    if command == "train":
+        assert "--optimizer.weight-decay" in out and "(default 0.05)" in out and "--resume" in out
+
+
+def test_help_lists_every_command(run: Callable[..., Any]) -> None:
+    for arguments in ((), ("--help",)):
+        code, out, _ = run(*arguments)
+        assert code in (0, 2) and all(name in out for name, *_ in COMMANDS) or code == 2
+    assert run("--version")[1] == f"saccade {saccade.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trian", "photos"], ["unknown command 'trian'", "did you mean train", "commands: demo"]),
+        (["--epochs", "3"], ["--help shows"]),
+        (["train"], ["no data given"]),
+        (["train", "photos", "more"], ["unknown argument more"]),
+        (["train", "photos", "--epoch", "3"], ["unknown flag --epoch", "--epochs"]),
+        (["train", "photos", "--optimizer.wieght-decay", "0.1"], ["did you mean --optimizer.weight-decay"]),
+        (["train", "photos", "--weight-decay=0.1"], ["--weight-decay", "did you mean", "--optimizer.weight-decay"]),
+        (["train", "photos", "--batch-size"], ["--batch-size", "expected one argument"]),
+        (["train", "photos", "--epochs", "1", "--minutes", "1"], ["give one of epochs, minutes, not several"]),
+        (["train", "photos", "--epochs=1", "--minutes=1", "--steps=2"], ["give one of epochs, minutes, steps"]),
+        (["train", "photos", "--optimizer.name=sgd"], ["optimizer.name", "'adamw' or 'muon'", "not 'sgd'"]),
+        (["train", "photos", "--lr=nan"], ["lr: "]),
+        (["train", "photos", "--lr=0"], ["lr: ", "greater than 0"]),
+        (["train", "photos", "--augment.crop-scale=0.2"], ["augment.crop_scale"]),
+        (["evaluate"], ["model", "data"]),
+        (["evaluate", "run"], ["data"]),
+        (["evaluate", "run", "data", "--spilt=val"], ["unknown flag --spilt", "--split"]),
+        (["predict", "run"], ["PICTURE"]),
+        (["predict", "run", "a.jpg", "--batch-size=0"], ["'0' is not a whole number above 0"]),
+        (["inspect"], ["data"]),
+        (["models", "--task=fly"], ["--task", "fly"]),
+        (["demo", "--minutes=soon"], ["minutes", "soon"]),
+    ],
+)
+def test_wrong_words(run: Callable[..., Any], arguments: list[str], parts: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2 and out == ""
+    assert all(part in err for part in parts), err
+
+
+def test_all_faults_at_once(run: Callable[..., Any]) -> None:
+    wrong = ["--epochz=3", "--bogus", "--lr=fast", "--workers=-1", "--optimizer.beta1=2", "--augment.mixpu=1"]
+    code, _, err = run("train", "photos", *wrong)
+    assert code == 2
+    for part in (
+        "unknown flag --epochz; did you mean --epochs",
+        "unknown flag --bogus",
+        "unknown flag --augment.mixpu; did you mean --augment.mixup",
+        "lr: ",
+        "not 'fast'",
+        "workers: ",
+        "optimizer.beta1: ",
+    ):
+        assert part in err, err
+    assert err.count("\n  ") == 6, "a line each"
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_model(run: Callable[..., Any], pictures: Path) -> None:
+    code, _, err = run("train", pictures, "--model", "vit_tny")
+    assert code == 2 and "unknown model 'vit_tny'; did you mean vit_tiny" in err and "saccade models" in err
+
+
+def test_unknown_recipe(run: Callable[..., Any], pictures: Path) -> None:
+    code, _, err = run("train", pictures, "--recipe", "finetune")
+    assert code == 2 and "did you mean fine_tune" in err
+
+
+@pytest.mark.parametrize("command", ["train", "inspect"])
+def test_path_that_is_not_there(run: Callable[..., Any], tmp_path: Path, command: str) -> None:
+    (tmp_path / "flowers").mkdir()
+    code, out, err = run(command, tmp_path / "flower")
+    assert code == 2 and out == "" and "flower: does not exist; did you mean flowers?" in err
+
+
+def test_empty_folder_and_one_class(run: Callable[..., Any], tmp_path: Path, pictures: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run("train", "empty")[0] == 2
+    shutil.copytree(pictures / "train" / "red", tmp_path / "one" / "red")
+    code, _, err = run("train", "one")
+    assert code == 2 and "at least two are needed" in err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+def test_device_that_is_not_there(run: Callable[..., Any], pictures: Path, device: str) -> None:
+    code, _, err = run("train", pictures, *TINY, "--steps=1", f"--device={device}", "--out=run")
+    assert code == 2 and "--device" in err
+
+
+def test_out_that_is_a_file(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run("train", pictures, *TINY, "--steps=1", "--out=file")
+    assert code == 2 and "is a file" in err and (tmp_path / "file").read_text() == "mine"
+    code, _, err = run("train", pictures, *TINY, "--steps=1", "--out=file/run")
+    assert code == 2 and "file" in err
+
+
+def test_train_answers_with_json(run: Callable[..., Any], pictures: Path) -> None:
+    code, out, err = run("train", pictures, *TINY, "--steps=2", "--json", "--out=run")
+    facts = json.loads(out)
+    assert code == 0 and facts["run"] == "run" and facts["finished"] is True and facts["steps"] == 2
+    assert set(facts["metrics"]) >= {"top1", "loss"} and facts["left_out"] == {}
+    assert "val_top1" in err, "progress is for people, on standard error"
+
+
+def test_train_chooses_a_free_folder(run: Callable[..., Any], pictures: Path) -> None:
+    for name in ("colours", "colours-2"):
+        code, out, _ = run("train", pictures, *TINY, "--steps=1")
+        assert code == 0 and f"saccade predict runs/{name} PICTURE" in out
+
+
+def test_left_out_pictures_are_counted(run: Callable[..., Any], tmp_path: Path) -> None:
+    data = make_pictures(tmp_path / "mine")
+    (data / "train" / "red" / "0.png").write_bytes(b"")
+    code, out, err = run("train", data, *TINY, "--steps=3", "--out=run")
+    assert code == 0 and "1 pictures could not be read" in out and "left out: " in err
+
+
+def test_resume_of_nothing(run: Callable[..., Any], pictures: Path) -> None:
+    code, _, err = run("train", "--resume", "runs/none")
+    assert code == 2 and "is this the folder of a run?" in err
+    code, _, err = run("train", "--resume", pictures)
+    assert code == 2 and "is this the folder of a run?" in err
+
+
+def test_weights_that_are_not_there(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "modell").mkdir()
+    code, _, err = run("train", pictures, "--weights", "model", "--steps=1")
+    assert code == 2 and "--weights model: no such file or run folder; did you mean modell" in err
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04" + b"0" * 100)
+    code, _, err = run("train", pictures, "--weights=weights.pt", "--steps=1")
+    assert code == 2 and "a pickle" in err
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate(run: Callable[..., Any], trained: Path, pictures: Path, tmp_path: Path) -> None:
+    code, out, err = run("evaluate", trained, pictures / "val", "--json", "--out=report", "--device=cpu")
+    assert code == 0
+    facts = json.loads(out)
+    assert 0 <= facts["top1"] <= 1 and json.dumps(facts).count("green") >= 1
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == facts
+    assert {path.name for path in (tmp_path / "report").iterdir()} >= {"confusion.png", "calibration.png"}
+    code, out, _ = run("evaluate", trained, pictures, "--split=val", "--device=cpu")
+    assert code == 0 and "green" in out
+
+
+def test_evaluate_on_other_classes(run: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    other = make_pictures(tmp_path / "other", classes=("blue", "grean", "pink"), train=1)
+    code, out, err = run("evaluate", trained, other / "val", "--json")
+    assert code == 2 and out == ""
+    assert "2 classes are unknown" in err and "grean, pink" in err and "blue, green, red" in err
+
+
+def test_evaluate_on_some_of_the_classes(run: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    """Labels are matched by name, not by place: red is the third class here, and the second of these pictures."""
+    some = make_pictures(tmp_path / "some", classes=("blue", "green", "red"), train=1)
+    shutil.rmtree(some / "val" / "green")
+    code, out, _ = run("evaluate", trained, some / "val", "--json", "--device=cpu")
+    assert code == 0
+    shutil.rmtree(some / "val" / "blue")
+    code, out, _ = run("evaluate", trained, some / "val", "--json", "--device=cpu")
+    assert code == 0 and json.loads(out)["top1"] >= 0
+
+
+def test_evaluate_says_what_it_leaves_out(run: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+    data = make_pictures(tmp_path / "mine")
+    (data / "val" / "red" / "0.png").write_bytes(b"words")
+    code, out, err = run("evaluate", trained, data / "val", "--json", "--device=cpu")
+    assert code == 0 and isinstance(json.loads(out), dict)
+    assert err.count("left out: ") == 1 and "0.png" in err
+    with pytest.warns(UserWarning, match="1 pictures could not be read and do not count"):
+        saccade.evaluate(str(trained), str(data / "val"), device="cpu")
+
+
+@pytest.mark.parametrize("arguments", [["nothing", "DATA"], ["MODEL", "nothing"], ["MODEL", "DATA", "--split=tset"]])
+def test_evaluate_what_is_not_there(
+    run: Callable[..., Any], trained: Path, pictures: Path, arguments: list[str]
+) -> None:
+    paths = {"MODEL": trained, "DATA": pictures}
+    code, out, err = run("evaluate", *(paths.get(argument, argument) for argument in arguments))
+    assert code == 2 and out == "" and ("nothing" in err or "tset" in err)
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def test_predict(run: Callable[..., Any], trained: Path, pictures: Path, tmp_path: Path) -> None:
+    code, out, err = run("predict", trained, pictures / "val", "--json", "--save=out", "--device=cpu")
+    found = json.loads(out)
+    assert code == 0 and len(found) == 6
+    assert all(Path(facts["picture"]).is_file() for facts in found)
+    assert {facts["source"] for facts in found} == {str(path) for path in (pictures / "val").rglob("*.png")}
+    assert len({facts["picture"] for facts in found}) == 6, "pictures of one name in several folders keep apart"
+
+
+def test_predict_prints_a_line_each(run: Callable[..., Any], trained: Path, pictures: Path) -> None:
+    file = pictures / "val" / "red" / "0.png"
+    code, out, err = run("predict", trained, file, file, "--device=cpu")
+    assert code == 0 and err == "" and len(out.splitlines()) == 2 and out.count(str(file)) == 2
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_predict_goes_on_after_bad_files(
+    run: Callable[..., Any], trained: Path, pictures: Path, tmp_path: Path, as_json: bool
+) -> None:
+    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    good = pictures / "val" / "red" / "0.png"
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:300])
+    bad = ["notes.txt", "empty.jpg", "cut.png"]
+    code, out, err = run("predict", trained, good, *bad, good, "--device=cpu", *(["--json"] if as_json else []))
+    assert code == 2
+    assert len(json.loads(out) if as_json else out.splitlines()) == 2
+    assert all(name in err for name in bad) and "3 pictures could not be read; the others are done" in err
+
+
+def test_predict_names_missing_files(run: Callable[..., Any], trained: Path, pictures: Path, tmp_path: Path) -> None:
+    good = pictures / "val" / "red" / "0.png"
+    shutil.copy(good, tmp_path / "photo.png")
+    code, out, err = run("predict", trained, "photo.png", "phoot.png", "lost.png", "--json", "--device=cpu")
+    assert code == 2 and out == "" and "phoot.png: does not exist; did you mean photo.png?" in err
+    assert "lost.png: does not exist" in err, "all of them at once, before any work"
+    (tmp_path / "hollow").mkdir()
+    code, out, err = run("predict", trained, "hollow", "--device=cpu")
+    assert code == 2 and "hollow" in err
+
+
+@pytest.mark.parametrize("what", ["text", "empty", "pickle", "folder", "missing"])
+def test_predict_with_what_is_no_model(run: Callable[..., Any], pictures: Path, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "model.safetensors"
+    if what == "folder":
+        path.mkdir()
+    elif what != "missing":
+        path.write_bytes({"text": b"words" * 9, "empty": b"", "pickle": b"PK\x03\x04" + b"0" * 99}[what])
+    code, out, err = run("predict", path, pictures / "val" / "red" / "0.png", "--json")
+    assert code == 2 and out == "" and "model.safetensors" in err
+
+
+# --- inspect, models -------------------------------------------------------------------------------------------------
+
+
+def test_inspect(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
+    data = make_pictures(tmp_path / "mine")
+    code, out, err = run("inspect", data, "--json")
+    assert code in (0, 1) and isinstance(json.loads(out), dict)
+    (data / "train" / "red" / "0.png").write_bytes(b"words")
+    code, out, _ = run("inspect", data, "--json")
+    assert code == 1 and "0.png" in out and isinstance(json.loads(out), dict)
+    assert run("inspect", data)[0] == 1
+
+
+def test_models(run: Callable[..., Any]) -> None:
+    code, out, _ = run("models", "--json")
+    assert code == 0 and {"vit_tiny", "cct_nano"} <= {model["name"] for model in json.loads(out)}
+    code, out, _ = run("models")
+    assert code == 0 and "vit_huge" in out
+
+
+def test_interrupted_by_hand(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saccade.catalog.list_models", interrupt)
+    code, out, err = run("models", "--json")
+    assert code == 130 and out == "" and err == "stopped\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried"), OSError(28, "No space")])
+def test_what_the_system_refuses(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("saccade.catalog.list_models", refuse)
+    assert run("models", "--json")[0] == 2
