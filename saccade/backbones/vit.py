@@ -64,20 +64,6 @@ VIT = {
     "vit_large": _plain(1024, 24, 16),
     "vit_huge": _plain(1280, 32, 16, patch_size=14),
     "cct_nano": ViTConfig(
-        dim=128, depth=4, heads=4, hidden=256, stem=(64,), pool="sequence", image_size=32, drop_path=0.05
-    ),
-    "cct_small": ViTConfig(
-        dim=256,
-        depth=4,
-        heads=4,
-        hidden=512,
-        stem=(32, 64, 128, 256),
-        stem_repeats=(0, 1, 1, 1),
-        pool="sequence",
-        image_size=128,
-        drop_path=0.1,
-    ),
-    "cct_n1": ViTConfig(
         dim=192,
         depth=4,
         heads=3,
@@ -88,15 +74,15 @@ VIT = {
         image_size=32,
         drop_path=0.1,
     ),
-    "cct_n2": ViTConfig(
-        dim=256,
-        depth=3,
+    "cct_small": ViTConfig(
+        dim=192,
+        depth=4,
         heads=4,
-        hidden=512,
-        stem=(64, 128, 256),
-        stem_repeats=(1, 1, 1),
+        hidden=384,
+        stem=(32, 64, 128),
+        stem_repeats=(0, 1, 1),
         pool="sequence",
-        image_size=32,
+        image_size=128,
         drop_path=0.1,
     ),
     "cct_base": ViTConfig(

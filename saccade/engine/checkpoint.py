@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ def load_checkpoint(
 
 def _read(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what torch thinks of a damaged file is for us to say
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "WeightsUnpickler" in str(error) or "weights_only" in str(error).lower():
             raise UserError(f"{path}: damaged, or holds code, which was not executed; delete the file") from None

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import time
 from collections import defaultdict
@@ -27,6 +28,7 @@ from saccade.config import RunConfig, build_config, load_config, merge
 from saccade.data.loader import batches_per_epoch, eval_batches, measure_sizes, train_batches
 from saccade.data.sample import Batch
 from saccade.data.sources import Splits, open_splits
+from saccade.drawing import training_curves
 from saccade.engine import distributed
 from saccade.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from saccade.engine.device import autocast, choose_device, choose_precision
@@ -92,6 +94,13 @@ class Session:
     normalise: Normalise
 
     @property
+    def workers(self) -> int:
+        """As asked; else none beside a processor, which has the same work to do, and several beside another device."""
+        if self.config.workers is not None:
+            return self.config.workers
+        return 0 if self.device.type == "cpu" else min(8, max(1, (os.cpu_count() or 2) // self.world.size - 1))
+
+    @property
     def sharded(self) -> bool:
         return self.world.size > 1 and self.config.distributed.strategy == "fsdp"
 
@@ -108,7 +117,7 @@ class Session:
             seed=config.seed,
             start=start,
             stop=stop,
-            workers=config.workers,
+            workers=self.workers,
             rank=self.world.rank,
             world=self.world.size,
             pin_memory=self.device.type == "cuda",
@@ -124,7 +133,7 @@ class Session:
             preprocessing=config.preprocessing,
             data=config.sources,
             batch_size=config.batch_size,
-            workers=config.workers,
+            workers=self.workers,
             rank=self.world.rank,
             world=self.world.size,
         )
@@ -319,6 +328,8 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
                 numbers = [number for number in distributed.gather(stop.number, world) if number is not None]
                 return finish(session, folder, progress, writer, finished=False, signal_number=numbers[0])
         table.say(f"finished in {clock(time.monotonic() - clock_start)}; the model is {folder / 'model.safetensors'}")
+        if show:
+            training_curves([{**row, "loss": row["train_loss"]} for row in progress.rows], folder / "curves.png")
     return finish(session, folder, progress, writer, finished=True, signal_number=None)
 
 

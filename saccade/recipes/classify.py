@@ -15,9 +15,9 @@ def small_from_scratch(data: DataSummary) -> dict[str, Any]:
         "batch_size": 64,
         "lr": 1e-3,
         "optimizer": {"name": "muon", "weight_decay": 0.05},
-        "preprocessing": {"image_size": max(8, min(data.short_side, 32)) if tiny else 112},
+        "preprocessing": {"image_size": max(8, min(data.short_side, 32)) if tiny else 80},
         "augment": {
-            "train_size": None if tiny else 80,
+            "train_size": None if tiny else 64,
             "crop_scale": [0.5 if tiny else 0.35, 1.0],
             "policy": "none",
             "cutmix": 1.0,
