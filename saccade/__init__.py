@@ -19,7 +19,7 @@ __all__ = ["UserError", "evaluate", "inspect", "load", "train"]
 def train(data: str | None = None, *, resume: str | None = None, show: bool = True, **settings: Any) -> TrainResult:
     """Train on `data`, or continue the run in the folder `resume`.
 
-    Settings are those of the command, nested ones as mappings: `train("photos", minutes=5, optimizer={"name": "muon"})`.
+    Settings are those of the command, nested ones as dicts: `train("photos", minutes=5, optimizer={"name": "muon"})`.
     """
     from saccade.api import train as run
 

@@ -15,6 +15,7 @@ from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, evaluate_batches
 from saccade.engine.predict import Model
+from saccade.engine.run_folder import resume_config
 from saccade.errors import UserError
 from saccade.metrics.classification import ClassificationReport
 from saccade.recipes import resolve
@@ -26,7 +27,7 @@ def train(
     """A new run on `data`, or the continuation of the one in `resume`."""
     changes = dict(settings) if data is None else {"data": str(data), **settings}
     if resume is not None:
-        return engine.train(engine.resume_config(Path(resume), changes), resume=True, show=show)
+        return engine.train(resume_config(Path(resume), changes), resume=True, show=show)
     return engine.train(resolve(changes), show=show)
 
 

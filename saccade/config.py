@@ -179,7 +179,7 @@ class RunConfig(Config):
     lr: float = Field(default=1e-3, gt=0, description="highest learning rate")
     seed: int = Field(default=0, ge=0, description="of weights, order, augmentation and everything else that is random")
     workers: int | None = Field(
-        default=None, ge=0, le=256, description="processes that read and augment; changes no result; none: from the device"
+        default=None, ge=0, le=256, description="processes that read pictures; changes no result; none: from the device"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

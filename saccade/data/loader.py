@@ -234,8 +234,9 @@ def _read(reader: _Reader, plans: Iterable[Plan], workers: int, pin_memory: bool
 
 
 def _start_worker(_: int) -> None:
-    """The main process decides what Ctrl-C means; a worker that died of it could not finish its batch."""
+    """The main process decides what a signal to the whole group means; a worker must not die of it in its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saccade.config import RunConfig, build_config, load_config, merge
+from saccade.config import RunConfig
 from saccade.data.loader import batches_per_epoch, eval_batches, measure_sizes, train_batches
 from saccade.data.sample import Batch
 from saccade.data.sources import Splits, open_splits
@@ -39,6 +39,7 @@ from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
 from saccade.engine.plan import EpochEnds, Plan, data_hash, load_plan
 from saccade.engine.progress import RunTable, clock
+from saccade.engine.run_folder import make_run_folder, write_rows
 from saccade.engine.signals import stop_signals
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
@@ -156,39 +157,6 @@ def train(config: RunConfig, *, resume: bool = False, show: bool = True) -> Trai
         return run(session, plan, folder, show and world.is_main)
     finally:
         distributed.finish(world)
-
-
-def resume_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
-    """The settings of a run that is to be continued. Only what changes no result may be changed."""
-    config = load_config(folder / "config.json")
-    fixed = sorted(set(changes) - {"workers", "checkpoint_seconds", "data", "val", "device"})
-    if fixed:
-        raise UserError(
-            f"{folder}: {', '.join(fixed)} cannot change when a run is continued, which must end as if it had never "
-            "stopped; start a new run (with --weights to begin from this one)"
-        )
-    return build_config(merge(config.model_dump(mode="json"), {**changes, "out": str(folder)}))
-
-
-def make_run_folder(folder: Path, config: RunConfig, world: World) -> None:
-    """Made by the main process; where it cannot be, all processes say so together."""
-    fault = ""
-    if world.is_main:
-        try:
-            if (folder / "config.json").exists() or list_checkpoints(folder / "checkpoints"):
-                raise UserError(f"{folder}: holds a run; continue it with --resume {folder}, or choose another --out")
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"{folder}: is a file; choose another --out")
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
-            write_atomically(folder / "config.json", text.encode())
-        except UserError as error:
-            fault = str(error)
-        except OSError as error:
-            fault = f"{folder}: cannot be made ({error.strerror}); choose another --out"
-    fault = distributed.from_main(fault, world)
-    if fault:
-        raise UserError(fault)
 
 
 def open_session(config: RunConfig, world: World) -> Session:
@@ -482,13 +450,6 @@ def describe(session: Session, plan: Plan, scalars: dict[str, float], step: int)
         provenance=f"saccade train from {start}, seed {config.seed}, step {step} of {plan.total_steps}",
         library_version=__version__,
     )
-
-
-def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    """All rows so far as CSV. No times are in it: a resumed run writes the same bytes."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [",".join(names)] + [",".join(repr(row[name]) if name in row else "" for name in names) for row in rows]
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def note_unreadable(

@@ -25,6 +25,7 @@ from saccade.config import RunConfig
 from saccade.engine import train as engine
 from saccade.engine.checkpoint import list_checkpoints
 from saccade.engine.ema import Ema
+from saccade.engine.run_folder import resume_config
 from saccade.tasks.classification import ClassificationTask
 from saccade.weights import model_file
 
@@ -167,7 +168,7 @@ def test_faults_are_remembered_by_a_resumed_run(config: Build, monkeypatch: pyte
     watched = Watched(monkeypatch, {0, 3, 4, 5}, SPOIL["NaN"])
     for _ in range(2):
         with pytest.raises(UserError, match="3 steps in a row"):
-            engine.train(engine.resume_config(Path(settings.out), {}) if watched.after else settings,
+            engine.train(resume_config(Path(settings.out), {}) if watched.after else settings,
                          resume=bool(watched.after), show=False)  # fmt: skip
     assert watched.now == 5
     lines = (Path(settings.out) / "faults.jsonl").read_text().splitlines()
@@ -270,7 +271,7 @@ def test_full_disk_ends_the_run(config: Build, monkeypatch: pytest.MonkeyPatch, 
     found = list_checkpoints(folder / "checkpoints")
     assert [path.name for path in found] == ["step-000000003.pt", "step-000000002.pt"]
     assert not list(folder.rglob("*.tmp"))
-    assert engine.train(engine.resume_config(folder, {}), resume=True, show=False).finished
+    assert engine.train(resume_config(folder, {}), resume=True, show=False).finished
 
 
 def test_full_disk_when_the_model_is_kept(config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,5 +352,5 @@ def test_no_checkpoints_folder(config: Build) -> None:
     engine.train(settings, show=False)
     model = (Path(settings.out) / "model.safetensors").read_bytes()
     shutil.rmtree(Path(settings.out) / "checkpoints")
-    assert engine.train(engine.resume_config(Path(settings.out), {}), resume=True, show=False).finished
+    assert engine.train(resume_config(Path(settings.out), {}), resume=True, show=False).finished
     assert (Path(settings.out) / "model.safetensors").read_bytes() == model

@@ -24,7 +24,8 @@ from saccade import UserError
 from saccade.cli import main
 from saccade.engine import checkpoint
 from saccade.engine.checkpoint import list_checkpoints
-from saccade.engine.train import resume_config, train
+from saccade.engine.run_folder import resume_config
+from saccade.engine.train import train
 
 COMMON = [
     "--image-size=16", "--steps=8", "--batch-size=8", "--checkpoint-seconds=0", "--evaluations=3", "--device=cpu",
