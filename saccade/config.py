@@ -61,11 +61,8 @@ class DataConfig(Config):
 class AugmentConfig(Config):
     """Random changes of a training picture; each is drawn from the sample's own seed."""
 
-    train_size: int | None = Field(
-        default=None,
-        ge=4,
-        le=4096,
-        description="image_size in training; smaller is faster, and crops show things larger",
+    train_share: float = Field(
+        default=1.0, gt=0.1, le=1, description="image_size in training, as a share of the one in evaluation"
     )
     crop_scale: tuple[float, float] = Field(
         default=(0.35, 1.0), description="share of the area that a random crop keeps"
@@ -210,7 +207,7 @@ class RunConfig(Config):
     @property
     def train_preprocessing(self) -> PreprocessingConfig:
         """As in evaluation, but for the size: after random crops things look larger, https://arxiv.org/abs/1906.06423."""
-        size = self.augment.train_size or self.preprocessing.image_size
+        size = max(4, round(self.augment.train_share * self.preprocessing.image_size))
         return self.preprocessing.model_copy(update={"image_size": size})
 
 

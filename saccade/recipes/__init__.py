@@ -14,11 +14,15 @@ from saccade.backbones import backbone_row
 from saccade.config import RunConfig, build_config, closest, merge
 from saccade.data.loader import measure_sizes
 from saccade.data.sources import open_splits
+from saccade.engine.device import choose_device
 from saccade.errors import UserError
 from saccade.recipes.classify import fine_tune, large, linear_probe, small_from_scratch
 from saccade.recipes.summary import DataSummary
 from saccade.weights.load import find_weights
 from saccade.weights.model_file import load_model_file
+
+FEWEST_TOKENS = 8  # a side; with fewer there is little to attend to
+GPU_SPEED = 30  # of a GPU, in two cores of a processor; only to choose a size of pictures
 
 RECIPES: dict[str, Callable[[DataSummary], dict[str, Any]]] = {
     "small_from_scratch": small_from_scratch,
@@ -48,18 +52,19 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
     if name == "auto":
         name = "large" if summary.samples >= 100_000 else "small_from_scratch"
     settings = merge(merge(RECIPES[name](summary), start), changes)
+    if any(changes.get(length) is not None for length in ("minutes", "steps")):
+        settings["epochs"] = changes.get("epochs")  # the recipe's own length is only for those who name none
     settings["recipe"] = name
     row = backbone_row(str(settings.get("model", RunConfig.model_fields["model"].default)))
     network = build_config({"data": asked.data, "network": settings.get("network", {})}).network
     preprocessing = dict(settings.get("preprocessing", {}))
+    stride = preprocessing["stride"] = row.changed(network).stride
     wanted = int(preprocessing.get("image_size", row.image_size))
-    preprocessing["stride"] = row.changed(network).stride
-    preprocessing["image_size"] = max(wanted, preprocessing["stride"])
+    given = asked.weights is not None or "image_size" in changes.get("preprocessing", {})
+    preprocessing["image_size"] = max(wanted, stride if given else FEWEST_TOKENS * stride)
     settings["preprocessing"] = preprocessing
     if "out" not in settings:
         settings["out"] = str(free_run_folder(asked.data))
-    if not any(settings.get(key) for key in ("epochs", "minutes", "steps")):
-        settings["epochs"] = max(10.0, min(300.0, round(300_000 / max(1, summary.samples))))
     return build_config(settings)
 
 
@@ -81,7 +86,9 @@ def summarise(config: RunConfig, probe: int = 512) -> DataSummary:
     sizes = measure_sizes(splits.train.subset(np.sort(chosen)), sources)
     readable = sizes[sizes.min(axis=1) > 0]
     height, width = np.median(readable, axis=0) if len(readable) else (224, 224)
-    return DataSummary(len(splits.train), len(splits.train.class_names), int(height), int(width))
+    faster = GPU_SPEED if choose_device(config.device).type == "cuda" else 1
+    seconds = None if config.minutes is None else 60 * config.minutes * faster
+    return DataSummary(len(splits.train), len(splits.train.class_names), int(height), int(width), seconds)
 
 
 def free_run_folder(data: str) -> Path:

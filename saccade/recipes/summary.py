@@ -11,6 +11,7 @@ class DataSummary:
     classes: int
     height: int  # median, in pixels
     width: int
+    seconds: float | None = None  # of training that were asked for, on one processor; none: any
 
     @property
     def short_side(self) -> int:
