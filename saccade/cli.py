@@ -381,7 +381,7 @@ def run_models(options: argparse.Namespace) -> int:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", help="folder for the run and its pictures (default demo)")
-    parser.add_argument("--minutes", default="2", metavar="MINUTES", help="training time (default 2)")
+    parser.add_argument("--minutes", default="1.5", metavar="MINUTES", help="training time (default 1.5)")
     parser.add_argument("--seed", default="0", help="of everything that is random (default 0)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
@@ -392,7 +392,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
     from saccade.demo import demo
 
-    facts = demo(options.out, minutes=config.minutes or 2.0, seed=config.seed)
+    facts = demo(options.out, minutes=config.minutes or 1.5, seed=config.seed)
     if options.json:
         print(json.dumps(facts))
     return 0

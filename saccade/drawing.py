@@ -133,7 +133,7 @@ def overlay(image: Image.Image, heat: np.ndarray, region: Region | None = None) 
     import matplotlib
 
     image = image.convert("RGB")
-    left, top, right, bottom = region or (0, 0, *image.size)
+    left, top, right, bottom = (round(edge) for edge in region or (0, 0, *image.size))
     if heat.ndim != 2 or not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise UserError(
             f"a map of shape {heat.shape} cannot lie on {(left, top, right, bottom)} of a picture of {image.size}"

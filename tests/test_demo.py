@@ -27,4 +27,4 @@ def test_its_model_reads_held_out_digits(tmp_path: Path) -> None:
     write_digits(tmp_path / "digits")
     run = str(tmp_path / "run")
     result = saccade.train(str(tmp_path / "digits"), steps=500, out=run, show=False, evaluations=1, **settings())
-    assert result.metrics["top1"] >= 0.95
+    assert result.metrics["top1"] >= 0.97

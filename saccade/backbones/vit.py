@@ -175,6 +175,7 @@ class ViT(nn.Module):
         rotary = self.rotary(grid, x.device)
         weights = []
         for block in self.blocks:
+            assert isinstance(block, EncoderBlock)
             x, block_weights = block.with_weights(x, rotary=rotary)
             weights.append(block_weights)
         return AttentionTrace(tuple(weights), self._pool(self.norm(x))[1], self.prefix, grid)

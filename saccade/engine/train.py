@@ -164,9 +164,7 @@ def open_session(config: RunConfig, world: World) -> Session:
     device = choose_device(config.device, world.local_rank)
     precision = choose_precision(config.precision, device)
     sources = config.sources
-    splits = open_splits(
-        Path(config.data), val=config.val, val_fraction=sources.val_fraction, seed=sources.split_seed
-    )
+    splits = open_splits(Path(config.data), val=config.val, val_fraction=sources.val_fraction, seed=sources.split_seed)
     seed_everything(config.seed, 0, 0)  # the same initial weights in every process
     task = ClassificationTask(splits.train.class_names, config)
     model, notes = initial_network(config, splits.train.class_names)
@@ -452,9 +450,7 @@ def describe(session: Session, plan: Plan, scalars: dict[str, float], step: int)
     )
 
 
-def note_unreadable(
-    progress: Progress, session: Session, unreadable: list[tuple[int, str]], table: RunTable
-) -> None:
+def note_unreadable(progress: Progress, session: Session, unreadable: list[tuple[int, str]], table: RunTable) -> None:
     """Report a picture that cannot be decoded once, and count it, whichever process met it."""
     if not distributed.agree([bool(unreadable)], session.world)[0]:
         return
@@ -568,4 +564,3 @@ def finish(
     best = next((row for row in progress.rows if row["step"] == progress.best_step), {})
     metrics = {name.removeprefix("val_"): value for name, value in best.items() if name.startswith("val_")}
     return TrainResult(folder, finished, progress.step, metrics, progress.unreadable, signal_number)
-

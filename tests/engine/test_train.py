@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import saccade
-from saccade.config import OptimizerConfig, RunConfig, ScheduleConfig
+from saccade.config import OptimizerConfig, RunConfig, ScheduleConfig, load_config
 from saccade.data.sample import Batch
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
@@ -75,7 +75,7 @@ def test_run_folder(config: Build) -> None:
     settings = config(steps=4)
     engine.train(settings, show=False)
     folder = Path(settings.out)
-    assert engine.load_config(folder / "config.json") == settings
+    assert load_config(folder / "config.json") == settings
     card = load_network(folder)[1]
     assert card.class_names == ("blue", "green", "red") and card.preprocessing == settings.preprocessing
     assert "24 pictures" in card.training_data and "step" in card.provenance
