@@ -47,7 +47,12 @@ def affordable_size(data: DataSummary) -> int:
 
 
 def fine_tune(data: DataSummary) -> dict[str, Any]:
-    """All weights of a pre-trained model, gently: small steps for early layers, https://arxiv.org/abs/2106.08254."""
+    """All weights of a pre-trained model, gently: small steps for early layers, https://arxiv.org/abs/2106.08254.
+
+    Command: `saccade train flowers --weights runs/objects32` (a `cct_nano` that saw 4,000 other pictures of 32 px).
+    Cost: 30 passes at 32 px, two and a half minutes on one core.
+    Result: 71 % top-1 on 400 held-out pictures.
+    """
     return {
         "batch_size": 32,
         "lr": 5e-4,
@@ -59,7 +64,12 @@ def fine_tune(data: DataSummary) -> dict[str, Any]:
 
 
 def linear_probe(data: DataSummary) -> dict[str, Any]:
-    """Only a new head on frozen features: the fastest look at what pre-trained weights know of this data."""
+    """Only a new head on frozen features: the fastest look at what pre-trained weights know of this data.
+
+    Command: `saccade train flowers --weights runs/objects32 --train-part head`.
+    Cost: 20 passes at 32 px, half a minute on one core.
+    Result: 56 % top-1 on 400 held-out pictures.
+    """
     return {
         "train_part": "head",
         "batch_size": 64,
@@ -72,7 +82,11 @@ def linear_probe(data: DataSummary) -> dict[str, Any]:
 
 
 def large(data: DataSummary) -> dict[str, Any]:
-    """A hundred thousand pictures or more from scratch: plain ViT-S after https://arxiv.org/abs/2205.01580."""
+    """A hundred thousand pictures or more from scratch: plain ViT-S after https://arxiv.org/abs/2205.01580.
+
+    Command: `torchrun --nproc-per-node 8 -m saccade train DATA --out runs/large`, on GPUs.
+    Cost and result: not measured with saccade yet; the paper reports 76.5 % top-1 on ImageNet-1k after 90 passes.
+    """
     return {
         "model": "vit_small",
         "batch_size": 1024,
