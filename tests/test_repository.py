@@ -48,7 +48,7 @@ def test_patterns_find_what_they_are_for() -> None:
     assert HOST.search("https:" + slash * 2 + "files." + HOSTS[1])
     assert MACHINE_PATH.search(f"see {slash}home{slash}someone")
     assert MACHINE_PATH.search(f"'{slash}tmp{slash}x'")
-    assert not MACHINE_PATH.search("https://example.org/home/page, ~/work/x, data/tmp/x and $ROOT/opt/x")
+    assert not MACHINE_PATH.search("https://example.org/home/page, ~/projects/x, data/tmp/x and $ROOT/opt/x")
 
 
 def test_no_large_file() -> None:
