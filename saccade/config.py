@@ -223,9 +223,14 @@ def field_paths(model: type[Config] = RunConfig, prefix: str = "") -> list[str]:
     return paths
 
 
+SURE = 0.9  # so alike that there is no need to name others
+
+
 def closest(name: str, names: list[str] | tuple[str, ...], count: int = 3) -> str:
     """`; did you mean a or b?`, or nothing where no name comes near."""
-    near = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=count, cutoff=0.6)
+    if near and difflib.SequenceMatcher(None, name, near[0]).ratio() > SURE:
+        near = near[:1]
     near += [n for n in names if n.endswith("." + name) and n not in near]
     return f"; did you mean {' or '.join(near[:count])}?" if near else ""
 

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ class Classification:
     label: str
     score: float  # probability of the label
     top: tuple[tuple[str, float], ...]  # the five most probable classes, the first is the label
-    probabilities: np.ndarray | None = None  # (K,) in the order of the model's class names
+    probabilities: np.ndarray | None = field(default=None, repr=False)  # (K,) in the order of the model's class names
     source: str = "image 1"  # path, or the place among pictures that were given as arrays
-    image: Image.Image | None = None
-    attention: np.ndarray | None = None  # (h, w) non-negative, over `region` of the picture
+    image: Image.Image | None = field(default=None, repr=False)
+    attention: np.ndarray | None = field(default=None, repr=False)  # (h, w), largest is 1, over `region`
     region: Region | None = None  # what the model saw: left, top, right, bottom in pixels; none: all of it
 
     def __str__(self) -> str:

@@ -197,9 +197,9 @@ def test_left_out_pictures_are_counted(run: Callable[..., Any], tmp_path: Path) 
 
 def test_resume_of_nothing(run: Callable[..., Any], pictures: Path) -> None:
     code, _, err = run("train", "--resume", "runs/none")
-    assert code == 2 and "is this the folder of a run?" in err
+    assert code == 2 and "no such run" in err
     code, _, err = run("train", "--resume", pictures)
-    assert code == 2 and "is this the folder of a run?" in err
+    assert code == 2 and "no such run" in err
 
 
 def test_weights_that_are_not_there(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def list_inputs(inputs: PictureInput | Iterable[PictureInput]) -> list[tuple[str
     faults: list[str] = []
     for i, value in enumerate(several):
         if not isinstance(value, str | Path):
-            listed.append((f"image {i + 1}", value))
+            listed.append((getattr(value, "filename", "") or f"image {i + 1}", value))
             continue
         try:
             listed += [(str(path), path) for path in find_pictures([value])]
@@ -199,7 +199,7 @@ def to_pixels(name: str, value: np.ndarray | Tensor) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
-        raise PictureError(name, f"shape {shape}; give (H, W, 3), (H, W) or a tensor (3, H, W)")
+        raise PictureError(name, f"shape {shape}; give an array (H, W, 3) or (H, W), or a tensor (3, H, W)")
     if array.dtype != np.uint8:
         low, high = array.min(), array.max()
         if not np.issubdtype(array.dtype, np.floating) or not (low >= 0 and high <= 1):  # in this form NaN is refused

@@ -16,6 +16,8 @@ from saccade.weights.model_file import write_atomically
 
 def resume_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
     """The settings of a run that is to be continued. Only what changes no result may be changed."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no such run (it holds no config.json); give the folder that `saccade train` named")
     config = load_config(folder / "config.json")
     fixed = sorted(set(changes) - {"workers", "checkpoint_seconds", "data", "val", "device"})
     if fixed:

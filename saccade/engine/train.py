@@ -47,6 +47,7 @@ from saccade.tasks.classification import ClassificationTask
 from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model, write_atomically
 
+FEW_STEPS = 50
 SAVING_SHARE = 0.01  # of the run's time, at most, unless the interval was given
 
 
@@ -237,6 +238,8 @@ def steps_within(session: Session, seconds: float, began: float, show: bool) -> 
     total = max(1, int(0.92 * left / per_step))  # a short measurement catches few of the slow steps
     each = f"{per_step:.3f} s a step, {per_evaluation:.1f} s an evaluation"
     table.say(f"measured {each}: {total} steps in {clock(seconds)}")
+    if total < FEW_STEPS:
+        table.say("note: so few steps teach next to nothing; give more --minutes, or a smaller --image-size")
     return total
 
 

@@ -330,7 +330,7 @@ def test_damaged_plan_and_settings(killed: Path, tmp_path: Path, capsys: pytest.
         assert name in error and "Traceback" not in error
         shutil.rmtree(run)
     assert main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
-    assert "is this the folder of a run?" in capsys.readouterr().err
+    assert "no such run" in capsys.readouterr().err
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
