@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from saccade.backbones import BACKBONES
@@ -18,7 +20,7 @@ def test_every_row_is_listed_with_its_size_and_cost(facts):
         assert model.parameters > 100_000 and model.gflops > 0.01 and model.about
         assert (model.image_size, model.stride) == (row.image_size, row.stride)
     by_size = [facts[f"vit_{size}"] for size in ("tiny", "small", "base", "large", "huge")]
-    assert all(a.parameters < b.parameters and a.gflops < b.gflops for a, b in zip(by_size, by_size[1:], strict=False))
+    assert all(a.parameters < b.parameters and a.gflops < b.gflops for a, b in pairwise(by_size))
 
 
 # Billions of multiply-adds at the row's size, as papers and model zoos give them under the name of FLOPs: the products

@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os import cpu_count
 from pathlib import PurePath
 from typing import Any
@@ -204,7 +205,7 @@ def _summary(split: str, source: Source, looks: list[_Seen]) -> SplitReport:
         report.height, report.width = ((int(low[k]), int(middle[k]), int(high[k])) for k in range(2))
         bins = np.bincount(np.digitize(sizes[:, 1] / sizes[:, 0], ASPECT_EDGES), minlength=len(ASPECT_EDGES) + 1)
         edges = [f"{edge:g}" for edge in ASPECT_EDGES]
-        between = [f"{a} to {b}" for a, b in zip(edges, edges[1:], strict=False)]
+        between = [f"{a} to {b}" for a, b in pairwise(edges)]
         labels = [f"below {edges[0]}", *between, f"over {edges[-1]}"]
         report.aspects = dict(zip(labels, bins.tolist(), strict=True))
     return report
