@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,18 @@ def start() -> World:
     return world
 
 
-def finish(world: World) -> None:
+def finish(world: World, together: bool) -> None:
+    """Leave the process group; `together`, once all are here, unless one of them failed.
+
+    gloo's threads free the tensors of the last collective after it has returned. One that does so while the interpreter
+    ends aborts the process. A group that nobody holds any longer waits for its threads, so holders in cycles (the
+    shards of FSDP) are freed first; where something holds it still, the barrier, whose tensors Python never sees, has
+    taken the place of the last collective.
+    """
     if world.size > 1 and dist.is_initialized():
+        if together:
+            dist.barrier()
+        gc.collect()
         dist.destroy_process_group()
 
 

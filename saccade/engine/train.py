@@ -145,19 +145,27 @@ def train(config: RunConfig, *, resume: bool = False, show: bool = True) -> Trai
     """Run, or continue, one training. Returns when it is finished or was stopped by SIGINT or SIGTERM."""
     began = time.monotonic()
     world = distributed.start()
+    together = False
     try:
-        folder = Path(config.out)
-        if not resume:
-            make_run_folder(folder, config, world)
-        session = open_session(config, world)
-        plan = load_plan(folder, session.splits, world) if resume and (folder / "plan.json").exists() else None
-        if plan is None:
-            plan = make_plan(session, began, show and world.is_main)
-            if world.is_main:
-                write_atomically(folder / "plan.json", (json.dumps(plan.__dict__, indent=2) + "\n").encode())
-        return run(session, plan, folder, show and world.is_main)
+        result = train_in(world, config, resume, began, show and world.is_main)
+        together = True
+        return result
     finally:
-        distributed.finish(world)
+        distributed.finish(world, together)
+
+
+def train_in(world: World, config: RunConfig, resume: bool, began: float, show: bool) -> TrainResult:
+    """`train` in a world that has started; what it holds is freed before the world ends."""
+    folder = Path(config.out)
+    if not resume:
+        make_run_folder(folder, config, world)
+    session = open_session(config, world)
+    plan = load_plan(folder, session.splits, world) if resume and (folder / "plan.json").exists() else None
+    if plan is None:
+        plan = make_plan(session, began, show)
+        if world.is_main:
+            write_atomically(folder / "plan.json", (json.dumps(plan.__dict__, indent=2) + "\n").encode())
+    return run(session, plan, folder, show)
 
 
 def open_session(config: RunConfig, world: World) -> Session:

@@ -456,16 +456,18 @@ def test_torchrun(strategy: str, pictures: Path, killing: Any, tmp_path: Path) -
         "sys.exit(main())\n"
     )
 
-    def start(*arguments: Any, kill: bool = False) -> int:
+    def start(*arguments: Any, kill: bool = False) -> Any:
         command = [*torchrun, str(program), "train", *map(str, arguments)]
-        return subprocess.run(command, env=environment | {"KILL": str(int(kill))}, capture_output=True).returncode
+        ended = subprocess.run(command, env=environment | {"KILL": str(int(kill))}, capture_output=True, text=True)
+        return ended.returncode, ended.stdout + ended.stderr
 
-    assert start(pictures, *flags, "--out", tmp_path / "reference") == 0
-    assert start(pictures, *flags, "--out", tmp_path / "run", kill=True) != 0
-    assert start("--resume", tmp_path / "run") == 0
+    code, output = start(pictures, *flags, "--out", tmp_path / "reference")
+    assert code == 0, output
+    code, output = start(pictures, *flags, "--out", tmp_path / "run", kill=True)
+    assert code != 0, output
+    code, output = start("--resume", tmp_path / "run")
+    assert code == 0, output
     assert killing.differences(tmp_path / "run", tmp_path / "reference") == []
-
-
 
 
 def test_killed_run_can_be_used_meanwhile(place: Place, killed: Path) -> None:
