@@ -33,9 +33,8 @@ def list_models(classes: int = 1000) -> list[ModelFacts]:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 model(images)
         parameters = sum(p.numel() for p in model.parameters())
-        form = "conv stem" if row.stem else f"patch {row.patch_size}"
-        about = f"{form}, {row.depth} x {row.dim}"
-        facts.append(ModelFacts(name, parameters, counter.get_total_flops() / 1e9, row.image_size, row.stride, about))
+        gflops = counter.get_total_flops() / 1e9
+        facts.append(ModelFacts(name, parameters, gflops, row.image_size, row.stride, row.about))
     return facts
 
 

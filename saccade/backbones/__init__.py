@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from saccade.backbones.base import Backbone, Row
 from saccade.backbones.vit import VIT, ViT, ViTConfig
 from saccade.config import NetworkConfig, closest
 from saccade.errors import UserError
 
-BACKBONES: dict[str, ViTConfig] = {**VIT}
+BACKBONES: dict[str, Row] = {**VIT}
+FAMILIES: dict[str, tuple[type[Row], Callable[[Any], Backbone]]] = {"vit": (ViTConfig, ViT)}
 
 
-def backbone_row(name: str) -> ViTConfig:
+def backbone_row(name: str) -> Row:
     """The table's row for a name; an unknown name is an error that lists the closest ones."""
     if name not in BACKBONES:
         raise UserError(f"unknown model {name!r}{closest(name, tuple(BACKBONES))} (`saccade models` lists all)")
     return BACKBONES[name]
 
 
-def build_backbone(name: str, network: NetworkConfig | None = None, image_size: int | None = None) -> ViT:
+def build_backbone(row: Row | str, network: NetworkConfig | None = None, image_size: int | None = None) -> Backbone:
     """A backbone with random weights. `image_size` sets the grid of learned positions."""
-    return ViT(backbone_row(name).changed(network or NetworkConfig(), image_size))
+    row = backbone_row(row) if isinstance(row, str) else row
+    return FAMILIES[row.family][1](row.changed(network or NetworkConfig(), image_size))
+
+
+def row_from_dict(values: Any, where: str) -> Row:
+    """The row that a file describes; a wrong or unknown field is a UserError that names `where`."""
+    family = values.get("family") if isinstance(values, dict) else None
+    if not isinstance(family, str) or family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{where}: describes a model of the family {family!r}; this saccade knows {known}")
+    fields = {name: value for name, value in values.items() if name != "family"}
+    try:
+        return TypeAdapter(FAMILIES[family][0]).validate_python(fields)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{where}: its architecture is incomplete or wrong ({faults})") from None

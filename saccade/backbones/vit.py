@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from saccade.backbones.base import Backbone, Row
 from saccade.backbones.features import AttentionTrace, Features
 from saccade.config import NetworkConfig
 from saccade.errors import UserError
@@ -18,15 +20,15 @@ from saccade.layers.positions import LearnedPositions, rotary_2d, sinusoidal_2d
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig:
-    """A row of the table. `image_size` is the size that the row is meant for, and the grid of learned positions."""
+class ViTConfig(Row):
+    """`image_size` is also the grid of learned positions."""
 
+    family: ClassVar[str] = "vit"
     dim: int
     depth: int
     heads: int
     hidden: int
     patch_size: int = 16
-    image_size: int = 224
     stem: tuple[int, ...] = ()  # widths of a convolutional stem, each halving the resolution; empty: plain patches
     stem_repeats: tuple[int, ...] = ()
     pool: str = "token"
@@ -41,12 +43,14 @@ class ViTConfig:
     def stride(self) -> int:
         return 2 ** len(self.stem) if self.stem else self.patch_size
 
-    def changed(self, network: NetworkConfig, image_size: int | None = None) -> ViTConfig:
-        """This row with the user's settings on top."""
-        values = network.model_dump(exclude_none=True)
-        if self.stem and "patch_size" in values:
+    @property
+    def about(self) -> str:
+        return f"{'conv stem' if self.stem else f'patch {self.patch_size}'}, {self.depth} x {self.dim}"
+
+    def changed(self, network: NetworkConfig, image_size: int | None = None) -> Self:
+        if self.stem and network.patch_size is not None:
             raise UserError("network.patch_size: this model has a convolutional stem, not patches; choose a vit_ model")
-        row = replace(self, **values, **({} if image_size is None else {"image_size": image_size}))
+        row = super().changed(network, image_size)
         if row.position == "rotary" and (row.dim // row.heads) % 4:
             raise UserError("network.position: rotary needs a head width that is a multiple of 4")
         return row
@@ -98,7 +102,7 @@ VIT = {
 }
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """Patches (or a stem) -> [class token, registers, patches] -> pre-norm blocks -> norm -> pooling.
 
     `embed`, `blocks` and `norm` are the parts that other models (mask transformers, detectors) take.
@@ -107,7 +111,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         c = self.config = config
-        self.channels, self.strides = (c.dim,), (c.stride,)
+        self.channels, self.strides, self.summary_channels = (c.dim,), (c.stride,), c.dim
         self.prefix = (c.pool == "token") + c.registers
         self.patches = ConvStem(c.stem, c.dim, c.stem_repeats) if c.stem else PatchEmbed(c.patch_size, c.dim)
         self.class_token = nn.Parameter(torch.empty(1, c.dim)) if c.pool == "token" else None
@@ -123,7 +127,6 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(c.dim, eps=1e-6)
         self.pooling = nn.Linear(c.dim, 1, bias=False) if c.pool == "sequence" else None
-        self.activation_checkpointing = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -185,10 +188,7 @@ class ViT(nn.Module):
         rotary = self.rotary(grid, x.device)
         for i, block in enumerate(self.blocks):
             queries = last_queries if i == len(self.blocks) - 1 else None
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, queries=queries, rotary=rotary, use_reentrant=False)
-            else:
-                x = block(x, queries=queries, rotary=rotary)
+            x = self.run(block, x, queries=queries, rotary=rotary)
         return x, grid
 
     def _pool(self, x: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B N"]]:
@@ -206,8 +206,11 @@ class ViT(nn.Module):
         share[:, self.prefix :] = weights[..., 0].detach()
         return (weights * patches).sum(dim=1), share
 
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
     def depth_of(self, parameter: str) -> int:
-        """0 for the embedding, i + 1 for block i, one more for what comes after: for layer-wise learning rates."""
         if parameter.startswith("blocks."):
             return int(parameter.split(".")[1]) + 1
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ def finish(world: World, together: bool) -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, blocks: nn.ModuleList, strategy: str, device: torch.device, world: World) -> nn.Module:
+def wrap(model: nn.Module, blocks: Iterable[nn.Module], strategy: str, device: torch.device, world: World) -> nn.Module:
     """The model for the forward pass: DDP, sharded in place by FSDP2, or as it is."""
     if world.size == 1:
         return model

@@ -182,7 +182,7 @@ def open_session(config: RunConfig, world: World) -> Session:
     if config.train_part == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not model.in_backbone(name))
-    network = distributed.wrap(model, model.backbone.blocks, config.distributed.strategy, device, world)
+    network = distributed.wrap(model, model.backbone.layers, config.distributed.strategy, device, world)
     return Session(
         config=config,
         world=world,

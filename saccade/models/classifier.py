@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saccade.backbones.vit import ViT
+from saccade.backbones.base import Backbone
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class ClassifierOutputs:
 class Classifier(nn.Module):
     """Normalised pictures (B, 3, H, W) -> a score per class (B, K)."""
 
-    def __init__(self, backbone: ViT, num_classes: int):
+    def __init__(self, backbone: Backbone, num_classes: int):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.channels[-1], num_classes)
+        self.head = nn.Linear(backbone.summary_channels, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
 
     @property
     def depth(self) -> int:
-        return len(self.backbone.blocks) + 1
+        return len(self.backbone.layers) + 1
 
     @staticmethod
     def in_backbone(parameter: str) -> bool:

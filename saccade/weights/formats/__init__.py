@@ -1,0 +1,7 @@
+"""Every dialect of weights that is read and written. A family is one file here, with a table per dialect."""
+
+from __future__ import annotations
+
+from saccade.weights.formats.table import Format
+
+FORMATS: tuple[Format, ...] = ()

@@ -1,0 +1,123 @@
+"""A dialect of weights: a table of renames that is read both ways, pure `dict -> dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.backbones.base import Row
+from saccade.config import PreprocessingConfig
+from saccade.errors import UserError
+
+State = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of our tensors, and the ones of theirs that it is made of."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    read: Callable[..., Tensor]  # (*theirs) -> ours
+    write: Callable[[Tensor], tuple[Tensor, ...]]  # ours -> theirs
+    gradient: Callable[..., Tensor] | None = None  # (*gradients of theirs) -> gradient of ours; None: as `read`
+
+
+def same(ours: str, theirs: str) -> Rule:
+    return Rule(ours, (theirs,), lambda tensor: tensor, lambda tensor: (tensor,))
+
+
+def module(ours: str, theirs: str, *names: str) -> list[Rule]:
+    """`same` for several parameters of one module; by default weight and bias."""
+    return [same(f"{ours}.{name}", f"{theirs}.{name}") for name in names or ("weight", "bias")]
+
+
+def packed(ours: str, *theirs: str) -> Rule:
+    """Several matrices or vectors of equal length one above the other, such as queries, keys and values."""
+    return Rule(ours, theirs, lambda *parts: torch.cat(parts), lambda whole: tuple(whole.chunk(len(theirs))))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Two modules whose outputs must agree, with functions that bring either output into the same layout."""
+
+    name: str
+    ours: str  # path of a module in our network
+    theirs: str
+    ours_as: Callable[[Any], Tensor] | None = None
+    theirs_as: Callable[[Any], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a reference model is built and called."""
+
+    package: str  # whose version counts
+    build: Callable[[Row, int, Mapping[str, Any]], nn.Module]  # (row, classes, config) -> model with random weights
+    logits: Callable[[nn.Module, Tensor], Tensor]  # normalised pictures -> logits, or the summary without classes
+
+
+@dataclass(frozen=True)
+class Format:
+    """A family of models in a dialect.
+
+    `config` is the parsed `config.json` beside the weights, empty for a bare file. `rules(row, classes)` names every
+    tensor of our network (`backbone...`, and `head.weight`, `head.bias` where there are classes).
+    """
+
+    dialect: str  # timm, huggingface, torchvision, original
+    family: str
+    recognises: Callable[[Shapes, Mapping[str, Any]], bool]
+    row: Callable[[Shapes, Mapping[str, Any]], Row]  # the architecture, from config and shapes
+    classes: Callable[[Shapes, Mapping[str, Any]], int]  # 0: no head
+    rules: Callable[[Row, int], list[Rule]]
+    stages: Callable[[Row], list[Stage]]
+    write_config: Callable[[Row, int], dict[str, Any]]  # their config.json; class names and such are added by others
+    ignored: tuple[str, ...] = ()  # patterns of keys that carry nothing to learn (index buffers, mask tokens)
+    peer: Peer | None = None
+    preprocessing: PreprocessingConfig | None = None  # where the source says nothing
+
+    @property
+    def name(self) -> str:
+        return f"{self.dialect} {self.family}"
+
+
+def read_state(theirs: State, rules: Sequence[Rule], ignored: Sequence[str], where: str) -> dict[str, Tensor]:
+    """Theirs as ours. Every missing and every left-over key is listed in one UserError. Nothing is skipped silently."""
+    used = {name for rule in rules for name in rule.theirs}
+    missing = sorted(used - theirs.keys())
+    over = [name for name in theirs if name not in used and not any(fnmatchcase(name, each) for each in ignored)]
+    faults = [f"missing: {name}" for name in missing]
+    faults += [f"left over: {name} {tuple(theirs[name].shape)}" for name in over]
+    ours: dict[str, Tensor] = {}
+    for rule in rules:
+        if all(name in theirs for name in rule.theirs):
+            try:
+                ours[rule.ours] = rule.read(*(theirs[name] for name in rule.theirs))
+            except (RuntimeError, IndexError, ValueError) as error:
+                shapes = ", ".join(f"{name} {tuple(theirs[name].shape)}" for name in rule.theirs)
+                faults.append(f"shape: {shapes} ({error})")
+    if faults:
+        shown = "".join(f"\n  {fault}" for fault in faults[:40])
+        more = f"\n  and {len(faults) - 40} more" if len(faults) > 40 else ""
+        raise UserError(f"{where}: the weights do not fit ({len(faults)} faults):{shown}{more}")
+    return ours
+
+
+def write_state(ours: State, rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Ours as theirs, the exact reverse of `read_state`."""
+    theirs: dict[str, Tensor] = {}
+    for rule in rules:
+        theirs.update(zip(rule.theirs, rule.write(ours[rule.ours]), strict=True))
+    return {name: tensor.contiguous().clone() for name, tensor in theirs.items()}
+
+
+def read_gradients(theirs: State, rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """The gradients of a reference model under our names. A parameter of theirs without one counts as zeros."""
+    return {rule.ours: (rule.gradient or rule.read)(*(theirs[name] for name in rule.theirs)) for rule in rules}
