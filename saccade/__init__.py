@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
     from saccade.data.inspect import Report
-    from saccade.engine.predict import Model
+    from saccade.engine.embed import Embeddings
+    from saccade.engine.predict import Model, PictureInput
     from saccade.engine.train import TrainResult
     from saccade.metrics.classification import ClassificationReport
+    from saccade.verification import Verification
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "evaluate", "inspect", "load", "train"]
+__all__ = ["UserError", "embed", "evaluate", "inspect", "load", "train", "verify"]
 
 
 def train(data: str | None = None, *, resume: str | None = None, show: bool = True, **settings: Any) -> TrainResult:
@@ -49,3 +54,60 @@ def inspect(data: str, *, val: str | None = None) -> Report:
     from saccade.data.inspect import inspect_data
 
     return inspect_data(Path(data), val)
+
+
+def embed(
+    model: str | Path | Model,
+    pictures: PictureInput | Iterable[PictureInput],
+    *,
+    what: str = "summary",
+    batch_size: int = 64,
+    image_size: int | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    workers: int = 0,
+) -> Embeddings:
+    """A vector per picture: `.paths`, `.vectors` (N, C), `.save("vectors.parquet")`.
+
+    Files, folders, PIL images, arrays (H, W, 3) and tensors (3, H, W). `what` is the model's own `summary`, or
+    `map-mean`: the mean of the last map over all places. What cannot be read is left out, see `.unreadable`.
+    """
+    from saccade.engine.embed import embed as run
+
+    return run(
+        model,
+        pictures,
+        what=what,
+        batch_size=batch_size,
+        image_size=image_size,
+        device=device,
+        precision=precision,
+        workers=workers,
+    )
+
+
+def verify(
+    source: str | Path,
+    *,
+    data: str | Path | None = None,
+    image_size: str | None = None,
+    dtype: str = "both",
+    certificate: str | Path | None = None,
+    model: str | None = None,
+    branch: str | None = None,
+) -> Verification:
+    """Compare our model of these weights with the reference code: every stage, logits, loss, gradients.
+
+    `.agrees`, `.verdict`, `.save("certificate.json")`. With `certificate`, against its recorded answers.
+    """
+    from saccade.verification import verify as run
+
+    return run(
+        source,
+        data=data,
+        image_size=image_size,
+        dtype=dtype,
+        certificate=certificate,
+        model=model,
+        branch=branch,
+    )

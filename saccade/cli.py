@@ -16,7 +16,7 @@ EPILOG = "`saccade COMMAND --help` shows the flags of a command. First look: `sa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 (inspect found faults), 2 (an error), 128 + signal (stopped)."""
+    """Run the command; returns the exit code: 0, 1 (a fault was found), 2 (an error), 128 + signal (stopped)."""
     try:
         code = dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -341,6 +341,128 @@ def run_predict(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run folder, model file, or weights of another library: hub name, folder, file")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures and folders of pictures")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".parquet, .npz, .csv or .jsonl")
+    parser.add_argument(
+        "--what",
+        choices=["summary", "map-mean"],
+        default="summary",
+        help="the picture's own vector, or the mean of the last map over all places (default summary)",
+    )
+    parser.add_argument("--image-size", type=positive, metavar="N", help="pixels per side, as far as squares go")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16", "auto"], default="float32", help="default float32"
+    )
+    add_common(parser)
+
+
+def run_embed(options: argparse.Namespace) -> int:
+    """Features of pictures, a vector each. The same command continues after a kill."""
+    from saccade.engine.embed import embed_to_file
+    from saccade.engine.progress import counter
+
+    with counter("embedding") as progress:
+        result = embed_to_file(
+            options.model,
+            options.pictures,
+            options.out,
+            what=options.what,
+            batch_size=options.batch_size,
+            image_size=options.image_size,
+            device=options.device,
+            precision=options.precision,
+            workers=options.workers,
+            progress=progress,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    if options.json:
+        print(json.dumps({**vars(result), "path": str(result.path)}))
+    else:
+        done = "finished already: " if result.finished_before else ""
+        print(f"{done}{result.count} pictures, {result.channels} numbers each, in {result.path}")
+    if result.unreadable:
+        listed = "".join(f"\n  {line}" for line in result.unreadable)
+        raise UserError(f"{len(result.unreadable)} pictures could not be read; the others are done:{listed}")
+    return 0
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="weights: a hub name, a folder in the hub's layout, a file; or a run, a model file")
+    parser.add_argument("out", help="a new .safetensors file; with --to timm or hf a new folder")
+    parser.add_argument("--to", choices=["saccade", "timm", "hf"], default="saccade", help="for whom (default saccade)")
+    parser.add_argument("--model", metavar="NAME", help="which model it is, where a bare file leaves that open")
+    parser.add_argument("--branch", metavar="NAME", help="which part of a checkpoint: teacher, student, model_ema, ...")
+    parser.add_argument("--drop-head", action="store_true", help="keep the backbone only")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Turn weights of other libraries into a model file, or write a model for timm or Hugging Face.
+
+    saccade convert facebook/dinov2-small dinov2.safetensors
+    saccade convert runs/photos photos-timm --to timm
+    """
+    from saccade.weights.export import convert
+
+    result = convert(
+        options.source,
+        options.out,
+        to=options.to,
+        model=options.model,
+        keep_head=not options.drop_head,
+        branch=options.branch,
+    )
+    if options.json:
+        print(json.dumps(vars(result)))
+    else:
+        print("\n".join(result.lines()))
+    return 0
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="weights: a hub name, a folder in the hub's layout, a file")
+    parser.add_argument("--data", metavar="DIR", help="folder of pictures to compare on (default: two photographs)")
+    parser.add_argument("--image-size", metavar="N", help="224, or height x width such as 224x160")
+    parser.add_argument("--dtype", choices=["both", "float32", "float64"], default="both", help="default both")
+    parser.add_argument("--out", metavar="FILE", help="write a certificate (JSON): versions, hashes, figures, answers")
+    parser.add_argument(
+        "--certificate", metavar="FILE", help="compare with what this one records, without the reference code"
+    )
+    parser.add_argument("--model", metavar="NAME", help="which model it is, where a bare file leaves that open")
+    parser.add_argument("--branch", metavar="NAME", help="which part of a checkpoint: teacher, student, model_ema, ...")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Prove that weights of another library work here as there: every stage, the loss and all gradients.
+
+    Exit code 0: agrees with the reference code; 1: departs, and where; 2: could not be compared.
+    """
+    from rich.console import Console
+
+    from saccade.verification import verify
+
+    result = verify(
+        options.source,
+        data=options.data,
+        image_size=options.image_size,
+        dtype=options.dtype,
+        certificate=options.certificate,
+        model=options.model,
+        branch=options.branch,
+    )
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        result.render(Console(highlight=False))
+    if options.out is not None:
+        result.save(options.out)
+        print(f"certificate: {options.out}", file=sys.stderr)
+    return 0 if result.agrees else 1
+
+
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help=RunConfig.model_fields["data"].description)
     parser.add_argument("--val", help=RunConfig.model_fields["val"].description)
@@ -364,18 +486,22 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="one model, with the published weights that fit it")
     parser.add_argument("--task", choices=["classify"], default="classify", help="what the models are for")
     parser.add_argument("--json", action="store_true", help="print the list as JSON on standard output")
 
 
 def run_models(options: argparse.Namespace) -> int:
-    """List the models: parameters, FLOPs and resolution."""
-    from saccade.catalog import list_models, render_models
+    """List the models: parameters, FLOPs, resolution, and where weights come from."""
+    from saccade.catalog import describe_models, list_models, render_models
 
+    names = tuple(model.name for model in list_models())
+    if options.name is not None and options.name not in names:
+        raise UserError(f"unknown model {options.name!r}{closest(options.name, names)} (`saccade models` lists all)")
     if options.json:
-        print(json.dumps([model.__dict__ for model in list_models()]))
+        print(json.dumps([model for model in describe_models() if options.name in (None, model["name"])]))
     else:
-        render_models()
+        render_models(options.name)
     return 0
 
 
@@ -404,6 +530,9 @@ COMMANDS: tuple[tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[
     ("train", add_train, run_train),
     ("evaluate", add_evaluate, run_evaluate),
     ("predict", add_predict, run_predict),
+    ("embed", add_embed, run_embed),
+    ("convert", add_convert, run_convert),
+    ("verify", add_verify, run_verify),
     ("models", add_models, run_models),
 )
 

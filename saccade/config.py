@@ -123,13 +123,17 @@ class NetworkConfig(Config):
     )
     dropout: float | None = Field(default=None, ge=0, lt=1, description="dropout after each feed-forward layer")
     patch_size: int | None = Field(default=None, ge=1, le=64, description="pixels per token side")
-    pool: Literal["token", "mean", "sequence"] | None = Field(default=None, description="how tokens become one vector")
+    pool: Literal["token", "distilled", "token_mean", "mean", "sequence", "attention"] | None = Field(
+        default=None, description="how tokens become one vector"
+    )
     position: Literal["learned", "sinusoidal", "rotary", "none"] | None = Field(
         default=None, description="position encoding"
     )
     registers: int | None = Field(default=None, ge=0, le=64, description="extra tokens without a picture patch")
     layer_scale: float | None = Field(default=None, gt=0, description="initial value of LayerScale")
-    mlp: Literal["gelu", "swiglu"] | None = Field(default=None, description="kind of feed-forward network")
+    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] | None = Field(
+        default=None, description="kind of feed-forward network"
+    )
 
 
 class LossConfig(Config):
@@ -183,6 +187,9 @@ class RunConfig(Config):
         default="auto", description="auto: bfloat16 where it is fast"
     )
     compile: bool = Field(default=False, description="use torch.compile")
+    activation_checkpointing: bool = Field(
+        default=False, description="less memory for about a third more time: compute activations twice"
+    )
     train_part: Literal["all", "head"] = Field(default="all", description="head: linear probe on a frozen backbone")
     out: str = Field(default="runs/run", description="the run's folder, which must not hold a run already")
     checkpoint_seconds: float | None = Field(

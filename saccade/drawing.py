@@ -128,9 +128,9 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Path:
 def overlay(image: Image.Image, heat: np.ndarray, region: Region | None = None) -> Image.Image:
     """The picture under a heat map (h, w), non-negative, that covers `region` of it; the rest of the picture is faded.
 
-    The map is scaled to its own range: it says where, not how much. The picture keeps its size.
+    The map is scaled to its own range, but for one that is nearly even, which looks so: see `heat_range`. The picture
+    keeps its size.
     """
-    import matplotlib
 
     image = image.convert("RGB")
     left, top, right, bottom = (round(edge) for edge in region or (0, 0, *image.size))
@@ -140,12 +140,11 @@ def overlay(image: Image.Image, heat: np.ndarray, region: Region | None = None) 
         )
 
     heat = np.nan_to_num(np.asarray(heat, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(heat.min()), float(heat.max())
-    # A map without any contrast (one patch, or an even spread) has nothing to point at: it gets the middle colour.
-    level = (heat - low) / (high - low) if high - low > 1e-6 * max(high, 1e-30) else np.full_like(heat, 0.5)
+    low, high = heat_range(heat)
+    level = (heat - low) / (high - low)
     smooth = Image.fromarray(level).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(smooth), 0, 1)
-    colour = matplotlib.colormaps["inferno"](level)[..., :3].astype(np.float32)
+    colour = heat_colours(level)
 
     pixels = np.asarray(image, np.float32) / 255
     grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
@@ -156,6 +155,23 @@ def overlay(image: Image.Image, heat: np.ndarray, region: Region | None = None) 
     cover = (0.4 + 0.3 * level)[..., None]
     result[inside] = (1 - cover) * muted[inside] + cover * colour
     return Image.fromarray((result.clip(0, 1) * 255 + 0.5).astype(np.uint8))
+
+
+LEAST_CONTRAST = 0.25  # of the largest value, which the colours always span
+
+
+def heat_range(heat: np.ndarray) -> tuple[float, float]:
+    """The values of the first and the last colour. A map without any contrast gets the middle one everywhere."""
+    low, high = float(heat.min()), float(heat.max())
+    half = max(high - low, LEAST_CONTRAST * high, 1e-30) / 2
+    return (low + high) / 2 - half, (low + high) / 2 + half
+
+
+def heat_colours(level: np.ndarray) -> np.ndarray:
+    """Levels from 0 to 1 -> colours (..., 3) from 0 to 1."""
+    import matplotlib
+
+    return matplotlib.colormaps["inferno"](level)[..., :3].astype(np.float32)
 
 
 def position_similarity(embeddings: np.ndarray | Tensor, grid: tuple[int, int], path: str | Path) -> Path:

@@ -7,6 +7,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.backbones.features import AttentionTrace
+from saccade.models.classifier import Classifier
+
+
+def explain(network: Classifier, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
+    """What each picture's prediction rests on, scaled to a maximum of 1: attention where tokens are kept from end to
+    end, and gradients of the best class where they are merged on the way."""
+    with torch.no_grad():
+        trace = network.backbone.trace(images)
+        if trace is not None:
+            return attention_rollout(trace)
+    return gradient_map(network, images)
+
+
+def gradient_map(network: Classifier, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
+    """Grad-CAM of the best class on the coarsest map: https://arxiv.org/abs/1610.02391. What speaks against it is 0."""
+    with torch.enable_grad():
+        features = network.backbone(images.detach().requires_grad_())
+        best = network.head(features.summary).amax(dim=1).sum()
+        last = features.maps[-1]
+        (gradient,) = torch.autograd.grad(best, last)
+    heat = (gradient.mean(dim=(2, 3), keepdim=True) * last).sum(dim=1).relu().detach().float()
+    return heat / heat.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)
 
 
 def attention_rollout(trace: AttentionTrace) -> Float[Tensor, "B h w"]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from saccade.drawing import BLUE, FAINT, GREEN, INK, RED, Region, overlay, typeface
+from saccade.drawing import BLUE, FAINT, GREEN, INK, RED, Region, heat_colours, heat_range, overlay, typeface
 from saccade.errors import UserError
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -97,7 +97,7 @@ def _draw_card(result: Classification) -> Image.Image:
 
 
 def _panel_height(result: Classification) -> int:
-    return 88 + 44 * len(result.top)
+    return 88 + 44 * len(result.top) + (0 if result.attention is None else 48)
 
 
 def _draw_panel(draw: ImageDraw.ImageDraw, result: Classification, corner: tuple[int, int], width: int) -> None:
@@ -120,6 +120,20 @@ def _draw_panel(draw: ImageDraw.ImageDraw, result: Classification, corner: tuple
         if filled:
             draw.rectangle((x, y + 24, x + filled - 1, y + 30), fill=BLUE if i == 0 else "#8fb3d9")
         y += 44
+    if result.attention is not None:
+        _draw_scale(draw, result.attention, (x, y + 8), width)
+
+
+def _draw_scale(draw: ImageDraw.ImageDraw, heat: np.ndarray, corner: tuple[int, int], width: int) -> None:
+    """The colours of the map, and how much less the least place got than the most: an almost even map says little."""
+    x, y = corner
+    low, high = heat_range(heat)
+    values = np.linspace(heat.min(), heat.max(), width)
+    for i, colour in enumerate(heat_colours((values - low) / (high - low))):
+        draw.line((x + i, y, x + i, y + 8), fill=tuple(round(255 * float(part)) for part in colour))
+    share = _percent(float(heat.min() / heat.max())) if heat.max() > 0 else "0 %"
+    _text(draw, (x, y + 26), f"looked at: {share} of the most", 13, FAINT)
+    _text(draw, (x + width, y + 26), "most", 13, FAINT, anchor="rs")
 
 
 def _draw_sheet(predictions: Sequence[Classification], truths: Sequence[str] | None) -> Image.Image:

@@ -5,7 +5,9 @@ from itertools import pairwise
 import pytest
 
 from saccade.backbones import BACKBONES
-from saccade.catalog import ModelFacts, list_models, render_models
+from saccade.backbones.vit import ViTConfig
+from saccade.catalog import ModelFacts, count, describe_models, list_models, render_models
+from saccade.weights.published import PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +27,16 @@ def test_every_row_is_listed_with_its_size_and_cost(facts):
 
 # Billions of multiply-adds at the row's size, as papers and model zoos give them under the name of FLOPs: the products
 # of matrices, those of attention included, of every token through every block.
-PUBLISHED = {"vit_tiny": 1.26, "vit_small": 4.61, "vit_base": 17.58, "vit_large": 61.60, "vit_huge": 167.4}
+GIGA_MACS = {"vit_tiny": 1.26, "vit_small": 4.61, "vit_base": 17.58, "vit_large": 61.60, "vit_huge": 167.4}
 
 
-@pytest.mark.parametrize(("name", "giga_macs"), PUBLISHED.items())
+@pytest.mark.parametrize(("name", "giga_macs"), GIGA_MACS.items())
 def test_flops_are_the_published_ones(facts, name, giga_macs):
     """Ours count a multiplication and an addition as two. And ours leave out what `Classifier` does not compute: in the
     last block, all but the keys and values of tokens other than the class token, which is 7 % of base.
     """
     row = BACKBONES[name]
+    assert isinstance(row, ViTConfig)
     patches = (row.image_size // row.patch_size) ** 2
     N = patches + 1
     left_out = patches * (2 * row.dim**2 + 2 * row.dim * row.hidden + 2 * N * row.dim)
@@ -43,14 +46,37 @@ def test_flops_are_the_published_ones(facts, name, giga_macs):
     assert facts[name].gflops < counted
 
 
-def test_classes_change_the_head_alone(facts, monkeypatch):
-    monkeypatch.setattr("saccade.catalog.BACKBONES", {"cct_nano": BACKBONES["cct_nano"]})
-    (ten,) = list_models(classes=10)
-    assert facts["cct_nano"].parameters - ten.parameters == 990 * (BACKBONES["cct_nano"].dim + 1)
+def test_classes_change_the_head_alone(facts):
+    row = BACKBONES["cct_nano"]
+    assert isinstance(row, ViTConfig)
+    assert facts["cct_nano"].parameters - count("cct_nano", classes=10).parameters == 990 * (row.dim + 1)
 
 
-def test_the_table_holds_every_name(facts, capsys, monkeypatch):
-    monkeypatch.setattr("saccade.catalog.list_models", lambda: list(facts.values()))
+@pytest.mark.parametrize("name", ["vit_tiny", "cct_nano", "vit_large"])
+def test_what_is_kept_is_what_is_counted(facts, name):
+    assert facts[name] == count(name), "count them anew: python -m scripts.model_facts"
+
+
+@pytest.mark.slow
+def test_all_that_is_kept_is_what_is_counted(facts):
+    assert list(facts.values()) == [count(name) for name in BACKBONES]
+
+
+def test_the_table_holds_every_name(capsys):
     render_models()
     shown = capsys.readouterr().out
     assert all(name in shown for name in BACKBONES) and "86.6 M" in shown
+
+
+def test_one_model_with_its_weights(capsys):
+    render_models("vit_tiny")
+    shown = capsys.readouterr().out
+    assert "vit_small" not in shown
+    for published in PUBLISHED["vit_tiny"]:
+        assert published.name in shown and published.licence in shown
+    assert "timm/vit_tiny" in shown
+
+
+def test_json_has_weights():
+    models = {model["name"]: model for model in describe_models()}
+    assert models["vit_tiny"]["weights"] and models["cct_nano"]["weights"] == []

@@ -35,6 +35,8 @@ with open(report, "w") as file:
         (["train", "--help"], 0),
         (["evaluate", "--help"], 0),
         (["predict", "--help"], 0),
+        (["embed", "--help"], 0),
+        (["verify", "--help"], 0),
         (["inspect", "--help"], 0),
         (["models", "--help"], 0),
         (["demo", "--help"], 0),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saccade.drawing import overlay, position_similarity, shorten, training_curves, typeface
+from saccade.drawing import heat_range, overlay, position_similarity, shorten, training_curves, typeface
 from saccade.errors import UserError
 
 
@@ -41,6 +41,13 @@ def test_overlay_colours_only_the_region():
 def test_overlay_of_a_map_without_contrast_is_even(heat):
     drawn = pixels(overlay(Image.new("RGB", (12, 12), "white"), heat))
     assert drawn.std(axis=(0, 1)).max() == 0
+
+
+def test_colours_span_at_least_a_quarter_of_the_largest_value():
+    assert heat_range(np.array([[0.2, 1.0]])) == pytest.approx((0.2, 1.0))
+    assert heat_range(np.array([[0.95, 1.0]])) == pytest.approx((0.85, 1.1))  # nearly even: looks nearly even
+    low, high = heat_range(np.zeros((2, 2)))
+    assert low < 0 < high
 
 
 @pytest.mark.parametrize("region", [(0, 0, 21, 10), (5, 0, 5, 10), (-1, 0, 5, 5)])

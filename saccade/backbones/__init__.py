@@ -8,12 +8,24 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from saccade.backbones.base import Backbone, Row
+from saccade.backbones.efficientformer import EFFICIENTFORMER, EfficientFormer, EfficientFormerConfig
+from saccade.backbones.efficientvit import EFFICIENTVIT, EfficientViT, EfficientViTConfig
+from saccade.backbones.levit import LEVIT, LeViT, LeViTConfig
+from saccade.backbones.resnet import RESNET, ResNet, ResNetConfig
+from saccade.backbones.swin import SWIN, Swin, SwinConfig
 from saccade.backbones.vit import VIT, ViT, ViTConfig
 from saccade.config import NetworkConfig, closest
 from saccade.errors import UserError
 
-BACKBONES: dict[str, Row] = {**VIT}
-FAMILIES: dict[str, tuple[type[Row], Callable[[Any], Backbone]]] = {"vit": (ViTConfig, ViT)}
+BACKBONES: dict[str, Row] = {**VIT, **SWIN, **EFFICIENTVIT, **EFFICIENTFORMER, **LEVIT, **RESNET}
+FAMILIES: dict[str, tuple[type[Row], Callable[[Any], Backbone]]] = {
+    "vit": (ViTConfig, ViT),
+    "swin": (SwinConfig, Swin),
+    "efficientvit": (EfficientViTConfig, EfficientViT),
+    "efficientformer": (EfficientFormerConfig, EfficientFormer),
+    "levit": (LeViTConfig, LeViT),
+    "resnet": (ResNetConfig, ResNet),
+}
 
 
 def backbone_row(name: str) -> Row:
@@ -21,6 +33,11 @@ def backbone_row(name: str) -> Row:
     if name not in BACKBONES:
         raise UserError(f"unknown model {name!r}{closest(name, tuple(BACKBONES))} (`saccade models` lists all)")
     return BACKBONES[name]
+
+
+def name_of(row: Row) -> str:
+    """The name in the table of a row that weights of this one fit, or the family's with `-custom`."""
+    return next((name for name, known in BACKBONES.items() if known.is_like(row)), f"{row.family}-custom")
 
 
 def build_backbone(row: Row | str, network: NetworkConfig | None = None, image_size: int | None = None) -> Backbone:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
+import torch
 from jaxtyping import Float
 from pydantic import ConfigDict
 from torch import Tensor, nn
@@ -15,6 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from saccade.backbones.features import AttentionTrace, Features
 from saccade.config import NetworkConfig
 from saccade.errors import UserError
+from saccade.layers.convolution import statistics_kept
+
+
+ONLY_TRAINING = {"image_size", "drop_path", "dropout"}  # fields of rows that change no weights' meaning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +52,17 @@ class Row(ABC):
             raise UserError(f"network.{unknown[0]}: a model of the family {self.family!r} has no such setting")
         return replace(self, **values, **({} if image_size is None else {"image_size": image_size}))
 
+    def is_like(self, other: Row) -> bool:
+        """Do weights of one fit the other, but for a table of positions of another size?"""
+        return self.family == other.family and self._form() == other._form()
+
+    def _form(self) -> dict[str, Any]:
+        values = {name: value for name, value in asdict(self).items() if name not in ONLY_TRAINING}
+        return {name: value is not None if name == "layer_scale" else value for name, value in values.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """For a model file; `saccade.backbones.row_from_dict` reads it."""
-        return {"family": self.family, **asdict(self)}
+        return json.loads(json.dumps({"family": self.family, **asdict(self)}))
 
 
 class Backbone(nn.Module, ABC):
@@ -77,12 +93,19 @@ class Backbone(nn.Module, ABC):
         What lies between two layers, such as a merging of patches, counts with the next one.
         """
 
+    def adapt(self, weights: dict[str, Tensor], row: Row) -> list[str]:
+        """Fit weights of a backbone `row` in place to this one, where only the resolution differs; says what was done."""
+        return []
+
     def trace(self, images: Float[Tensor, "B 3 H W"]) -> AttentionTrace | None:
         """The attention of every block and of the pooling; None where tokens are not kept from end to end."""
         return None
 
-    def run(self, layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    def run(self, layer: Callable[..., Any], *inputs: Any) -> Any:
         """Call a layer; with activation checkpointing its inner activations are computed again in the backward pass."""
-        if self.activation_checkpointing and self.training:
-            return checkpoint(layer, *inputs, use_reentrant=False, **options)
-        return layer(*inputs, **options)
+        if not (self.activation_checkpointing and self.training):
+            return layer(*inputs)
+        if torch.compiler.is_compiling() or not isinstance(layer, nn.Module):  # a compiler takes no contexts
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        again = partial(statistics_kept, layer)
+        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **options)

@@ -6,11 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from saccade.backbones import row_from_dict
+from saccade.backbones.base import Row
 from saccade.data.sources import Splits
+from saccade.engine.checkpoint import list_checkpoints
 from saccade.engine.distributed import World
 from saccade.errors import UserError
 
@@ -26,6 +30,7 @@ class Plan:
     class_names: tuple[str, ...]
     data_hash: str
     world_size: int
+    architecture: dict[str, Any]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,6 +49,17 @@ def load_plan(folder: Path, splits: Splits, world: World) -> Plan:
     if plan.world_size != world.size:
         raise UserError(f"{folder}: was begun with {plan.world_size} processes, not {world.size}; use as many")
     return plan
+
+
+def planned_row(folder: Path) -> Row | None:
+    """The architecture of a run that has a state to continue from; it needs its initial weights no more."""
+    if not list_checkpoints(folder / "checkpoints"):
+        return None
+    path = folder / "plan.json"
+    try:
+        return row_from_dict(json.loads(path.read_text()).get("architecture"), str(path))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); the run cannot be continued exactly") from None
 
 
 def data_hash(splits: Splits) -> str:

@@ -19,8 +19,9 @@ from saccade.data.transforms import central_box, to_tensor
 from saccade.engine.device import autocast, choose_device, choose_precision
 from saccade.engine.evaluate import Normalise
 from saccade.errors import UserError
-from saccade.explain import attention_rollout
+from saccade.explain import explain
 from saccade.models.classifier import Classifier
+from saccade.models.embedder import Embedder
 from saccade.predictions import Classification
 from saccade.tasks.classification import ClassificationTask, probabilities
 from saccade.weights.load import load_network
@@ -34,14 +35,15 @@ READ_AHEAD = 8  # batches that are sorted by shape at a time
 class Model:
     """A network with all that is needed to use it on pictures."""
 
-    network: Classifier  # normalised float images (B, 3, H, W) -> outputs with .logits (B, K)
+    # normalised float images (B, 3, H, W) -> outputs with .logits (B, K), or .embedding (B, C) without classes
+    network: Classifier | Embedder
     card: ModelCard
     device: torch.device
     precision: torch.dtype
 
     @classmethod
     def load(cls, source: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
-        """From a run folder or a model file."""
+        """From a run folder, a model file, or weights of another library (a hub name, a folder, a file)."""
         network, card = load_network(source)
         place = choose_device(device)
         return cls(network.to(place), card, place, choose_precision(precision, place))
@@ -82,6 +84,8 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Classification]:
         """As `predict`, one after the other while it goes; what is wrong with unreadable ones is added to `failed`."""
+        if not isinstance(self.network, Classifier):
+            raise UserError(f"{self.card.model}: has no classes; get vectors with `saccade embed`, or train a head on it")
         places = list_inputs(inputs)
         for start in range(0, len(places), batch_size * READ_AHEAD):
             part = places[start : start + batch_size * READ_AHEAD]
@@ -123,11 +127,11 @@ class Model:
                 failed.append(str(error))
         if not tensors:
             return {}
+        assert isinstance(self.network, Classifier)
         images = Normalise(preprocessing, self.device)(torch.stack(list(tensors.values())).to(self.device))
-        with torch.inference_mode():
-            with autocast(self.device, self.precision):
-                shares = probabilities(self.network(images)).cpu().numpy()  # (B, K)
-            maps = attention_rollout(self.network.backbone.trace(images)).cpu().numpy() if attention else None
+        with torch.no_grad(), autocast(self.device, self.precision):
+            shares = probabilities(self.network(images)).cpu().numpy()  # (B, K)
+        maps = explain(self.network, images).cpu().numpy() if attention else None
         return {
             i: self._describe(pictures[i], shares[b], boxes[i], None if maps is None else maps[b])
             for b, i in enumerate(tensors)

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from saccade.backbones import build_backbone
+from saccade.backbones.base import Row
 from saccade.config import RunConfig
 from saccade.data.loader import batches_per_epoch, eval_batches, measure_sizes, train_batches
 from saccade.data.sample import Batch
@@ -37,7 +39,7 @@ from saccade.engine.ema import Ema
 from saccade.engine.evaluate import Normalise, evaluate_batches
 from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
-from saccade.engine.plan import EpochEnds, Plan, data_hash, load_plan
+from saccade.engine.plan import EpochEnds, Plan, data_hash, load_plan, planned_row
 from saccade.engine.progress import RunTable, clock
 from saccade.engine.run_folder import make_run_folder, write_rows
 from saccade.engine.signals import stop_signals
@@ -159,7 +161,7 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
     folder = Path(config.out)
     if not resume:
         make_run_folder(folder, config, world)
-    session = open_session(config, world)
+    session = open_session(config, world, planned_row(folder) if resume else None)
     plan = load_plan(folder, session.splits, world) if resume and (folder / "plan.json").exists() else None
     if plan is None:
         plan = make_plan(session, began, show)
@@ -168,7 +170,8 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
     return run(session, plan, folder, show)
 
 
-def open_session(config: RunConfig, world: World) -> Session:
+def open_session(config: RunConfig, world: World, row: Row | None = None) -> Session:
+    """All that a run works with. With the `row` of a run that is continued, the weights are yet to be restored."""
     distributed.check_batch_size(config.batch_size, world)
     device = choose_device(config.device, world.local_rank)
     precision = choose_precision(config.precision, device)
@@ -176,8 +179,12 @@ def open_session(config: RunConfig, world: World) -> Session:
     splits = open_splits(Path(config.data), val=config.val, val_fraction=sources.val_fraction, seed=sources.split_seed)
     seed_everything(config.seed, 0, 0)  # the same initial weights in every process
     task = ClassificationTask(splits.train.class_names, config)
-    model, notes = initial_network(config, splits.train.class_names)
-    splits.notes.extend(notes)
+    if row is not None:
+        model = Classifier(build_backbone(row), len(splits.train.class_names))
+    else:
+        model, notes = initial_network(config, splits.train.class_names)
+        splits.notes.extend(notes)
+    model.backbone.activation_checkpointing = config.activation_checkpointing
     model.to(device)
     if config.train_part == "head":
         for name, parameter in model.named_parameters():
@@ -217,6 +224,7 @@ def make_plan(session: Session, began: float, show: bool) -> Plan:
         class_names=session.splits.train.class_names,
         data_hash=data_hash(session.splits),
         world_size=session.world.size,
+        architecture=session.model.backbone.config.to_dict(),
     )
 
 
@@ -453,7 +461,7 @@ def describe(session: Session, plan: Plan, scalars: dict[str, float], step: int)
         model=config.model,
         class_names=plan.class_names,
         preprocessing=config.preprocessing,
-        network=config.network,
+        architecture=plan.architecture,
         metrics=scalars,
         training_data=f"{Path(config.data).name}, {len(session.splits.train)} pictures, sha256 {plan.data_hash[:16]}",
         provenance=f"saccade train from {start}, seed {config.seed}, step {step} of {plan.total_steps}",

@@ -76,15 +76,19 @@ def attention_with_weights(
 
 
 class MultiHeadAttention(nn.Module):
-    """Self-attention, or cross-attention where a context is given. Queries, keys and values share one packed matrix."""
+    """Self-attention, or cross-attention where a context is given. Queries, keys and values share one packed matrix.
 
-    def __init__(self, dim: int, heads: int, *, qkv_bias: bool = True, dropout: float = 0.0):
+    Without `key_bias` only queries and values are shifted, as in DINOv3 (https://arxiv.org/abs/2508.10104).
+    """
+
+    def __init__(self, dim: int, heads: int, *, qkv_bias: bool = True, key_bias: bool = True, dropout: float = 0.0):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and key_bias)
+        self.query_value_bias = nn.Parameter(torch.zeros(2 * dim)) if qkv_bias and not key_bias else None
         self.out = nn.Linear(dim, dim)
 
     def forward(
@@ -119,10 +123,10 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x`, keys and values of the context: (B, H, N, D), (B, H, M, D), (B, H, M, D)."""
         C = x.shape[-1]
+        weight, bias = self.qkv.weight, self.bias()
         if context is None:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(x, weight[:C], None if bias is None else bias[:C])
             kv = F.linear(context, weight[C:], None if bias is None else bias[C:])
             q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -130,6 +134,13 @@ class MultiHeadAttention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
+
+    def bias(self) -> Tensor | None:
+        """Of queries, keys and values (3 C,)."""
+        if self.query_value_bias is None:
+            return self.qkv.bias
+        q, v = self.query_value_bias.chunk(2)
+        return torch.cat((q, torch.zeros_like(q), v))
 
 
 def rotate(x: Float[Tensor, "B H N D"], rotary: tuple[Tensor, Tensor]) -> Float[Tensor, "B H N D"]:

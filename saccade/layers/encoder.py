@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saccade.layers.attention import MultiHeadAttention
-from saccade.layers.feedforward import FeedForward, SwiGLU
+from saccade.layers.feedforward import feed_forward
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -44,15 +44,16 @@ class EncoderBlock(nn.Module):
         norm_first: bool = True,
         norm_eps: float = 1e-6,
         qkv_bias: bool = True,
+        key_bias: bool = True,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         dropout: float = 0.0,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attention = MultiHeadAttention(dim, heads, qkv_bias=qkv_bias)
+        self.attention = MultiHeadAttention(dim, heads, qkv_bias=qkv_bias, key_bias=key_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = {"gelu": FeedForward, "swiglu": SwiGLU}[mlp](dim, hidden, dropout=dropout)
+        self.mlp = feed_forward(mlp, dim, hidden, dropout=dropout)
         self.scale1 = None if layer_scale is None else LayerScale(dim, layer_scale)
         self.scale2 = None if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm_first = norm_first

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class FeedForward(nn.Module):
-    """Linear, GELU, linear: https://arxiv.org/abs/1706.03762, with GELU as in ViT."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the approximation of GELU that CLIP was trained with: https://arxiv.org/abs/1606.08415."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, dim: int, hidden: int, *, dropout: float = 0.0):
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+SWIGLU = "swiglu"
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear: https://arxiv.org/abs/1706.03762, with GELU as in ViT, or an approximation of it."""
+
+    def __init__(self, dim: int, hidden: int, *, activation: str = "gelu", dropout: float = 0.0):
         super().__init__()
         self.up = nn.Linear(dim, hidden)
         self.down = nn.Linear(hidden, dim)
+        self.activation = ACTIVATIONS[activation]
         self.dropout = dropout
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        x = self.down(F.gelu(self.up(x)))
+        x = self.down(self.activation(self.up(x)))
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
@@ -34,3 +52,10 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         x = self.down(F.silu(gate) * up)
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def feed_forward(kind: str, dim: int, hidden: int, *, dropout: float = 0.0) -> FeedForward | SwiGLU:
+    """By name: `swiglu`, or one of `ACTIVATIONS`."""
+    if kind == SWIGLU:
+        return SwiGLU(dim, hidden, dropout=dropout)
+    return FeedForward(dim, hidden, activation=kind, dropout=dropout)

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 class PatchEmbed(nn.Module):
     """Cut the picture into squares and project each: https://arxiv.org/abs/2010.11929. Down to a pixel a token."""
 
-    def __init__(self, patch_size: int, dim: int, in_channels: int = 3):
+    def __init__(self, patch_size: int, dim: int, in_channels: int = 3, *, bias: bool = True):
         super().__init__()
         self.stride = patch_size
         # A convolution's parameters, used as one matrix product: the same numbers, without its layout changes.
-        self.projection = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.projection = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size, bias=bias)
         nn.init.trunc_normal_(self.projection.weight, std=(1.0 / (in_channels * patch_size**2)) ** 0.5)
-        assert self.projection.bias is not None
-        nn.init.zeros_(self.projection.bias)
+        if self.projection.bias is not None:
+            nn.init.zeros_(self.projection.bias)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         B, C, H, W = images.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -36,38 +37,69 @@ def _waves(steps: Tensor, dim: int, base: float) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-class LearnedPositions(nn.Module):
-    """A vector per cell of a grid; another grid is interpolated (bicubic), so that any picture shape can be read."""
+@dataclass(frozen=True)
+class Resize:
+    """How a table of positions is brought to another grid; always bicubic. With an `offset`, the cells of the new grid
+    lie as if it were that much larger, which the first DINO did to be safe from rounding, and DINOv2 kept."""
 
-    def __init__(self, grid: tuple[int, int], dim: int):
+    antialias: bool
+    offset: float = 0.0
+
+
+RESIZES = {
+    "antialias": Resize(antialias=True),
+    "bicubic": Resize(antialias=False),
+    "offset": Resize(antialias=False, offset=0.1),
+}
+
+
+class LearnedPositions(nn.Module):
+    """A vector per cell of a grid; another grid is interpolated, so that any picture shape can be read."""
+
+    def __init__(self, grid: tuple[int, int], dim: int, resize: str = "antialias"):
         super().__init__()
         self.grid = grid
+        self.resize = resize
         self.table = nn.Parameter(torch.empty(grid[0] * grid[1], dim))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, grid: tuple[int, int]) -> Float[Tensor, "N C"]:
-        return self.table if grid == self.grid else resize_positions(self.table, self.grid, grid)
+        return self.table if grid == self.grid else resize_positions(self.table, self.grid, grid, self.resize)
 
 
-def resize_positions(table: Float[Tensor, "N C"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "M C"]:
-    """Interpolate positions of a grid to another, antialiased where it shrinks."""
-    image = table.float().T.unflatten(1, old)[None]  # (1, C, h, w)
-    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=True)
+def resize_positions(
+    table: Float[Tensor, "N C"], old: tuple[int, int], new: tuple[int, int], resize: str = "antialias"
+) -> Float[Tensor, "M C"]:
+    """Interpolate positions of a grid to another, in float32 or better. `resize` is one of `RESIZES`."""
+    how = RESIZES[resize]
+    image = table.to(torch.promote_types(table.dtype, torch.float32)).T.unflatten(1, old)[None]  # (1, C, h, w)
+    if how.offset:
+        scale = [(n + how.offset) / o for n, o in zip(new, old, strict=True)]
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=how.antialias)
+    else:
+        image = F.interpolate(image, size=new, mode="bicubic", antialias=how.antialias)
     return image[0].flatten(1).T.to(table.dtype)
 
 
 def rotary_2d(
-    grid: tuple[int, int], head_dim: int, *, prefix: int = 0, base: float = 100.0, device: torch.device | None = None
+    grid: tuple[int, int],
+    head_dim: int,
+    *,
+    prefix: int = 0,
+    base: float = 100.0,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (prefix + h * w, head_dim), for `rotate`; https://arxiv.org/abs/2104.09864 in two axes.
 
     Half of the angles come from the row and half from the column, measured from -1 to 1 over the picture, so that a
-    larger grid interpolates. The first `prefix` tokens (class token, registers) are not turned.
+    larger grid interpolates, as in DINOv3 (https://arxiv.org/abs/2508.10104). The first `prefix` tokens (class token,
+    registers) are not turned.
     """
     if head_dim % 4:
         raise ValueError(f"rotary 2-D positions need a head width that is a multiple of 4, not {head_dim}")
-    rates = base ** -(torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4))
-    axes = [2 * (torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n - 1 for n in grid]
+    rates = base ** -(torch.arange(head_dim // 4, dtype=dtype, device=device) / (head_dim // 4))
+    axes = [2 * (torch.arange(n, dtype=dtype, device=device) + 0.5) / n - 1 for n in grid]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     angles = 2 * math.pi * torch.cat([axis.flatten()[:, None] * rates for axis in (rows, columns)], dim=-1)
     angles = F.pad(torch.cat((angles, angles), dim=-1), (0, 0, prefix, 0))  # (prefix + N, D)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saccade.backbones import backbone_row
+from saccade.backbones.base import Row
 from saccade.config import RunConfig, build_config, closest, merge
 from saccade.data.loader import measure_sizes
 from saccade.data.sources import open_splits
@@ -18,10 +19,10 @@ from saccade.engine.device import choose_device
 from saccade.errors import UserError
 from saccade.recipes.classify import fine_tune, large, linear_probe, small_from_scratch
 from saccade.recipes.summary import DataSummary
-from saccade.weights.load import find_weights
-from saccade.weights.model_file import load_model_file
+from saccade.weights.load import load_weights
 
 FEWEST_TOKENS = 8  # a side; with fewer there is little to attend to
+LARGE_ENOUGH = 128  # pixels a side, whatever the stride
 GPU_SPEED = 30  # of a GPU, in two cores of a processor; only to choose a size of pictures
 
 RECIPES: dict[str, Callable[[DataSummary], dict[str, Any]]] = {
@@ -41,31 +42,38 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         backbone_row(asked.model)
     name = choose_recipe(asked)
     start: dict[str, Any] = {}
+    row: Row | None = None
     if asked.weights is not None:
-        _, card = load_model_file(find_weights(asked.weights))
-        start = {
-            "model": card.model,
-            "network": card.network.model_dump(exclude_none=True),
-            "preprocessing": card.preprocessing.model_dump(mode="json"),
-        }
+        loaded = load_weights(asked.weights)
+        row = loaded.row
+        start = {"model": loaded.card.model, "preprocessing": loaded.card.preprocessing.model_dump(mode="json")}
     summary = summarise(asked)
     if name == "auto":
         name = "large" if summary.samples >= 100_000 else "small_from_scratch"
-    settings = merge(merge(RECIPES[name](summary), start), changes)
+    recipe = merge(RECIPES[name](summary), start)
+    if row is None:
+        row = backbone_row(str(changes.get("model", recipe.get("model"))))
+    known = {field.name for field in fields(row)}
+    recipe["network"] = {name: value for name, value in recipe.get("network", {}).items() if name in known}
+    settings = merge(recipe, changes)
     if any(changes.get(length) is not None for length in ("minutes", "steps")):
         settings["epochs"] = changes.get("epochs")  # the recipe's own length is only for those who name none
     settings["recipe"] = name
-    row = backbone_row(str(settings.get("model", RunConfig.model_fields["model"].default)))
     network = build_config({"data": asked.data, "network": settings.get("network", {})}).network
     preprocessing = dict(settings.get("preprocessing", {}))
     stride = preprocessing["stride"] = row.changed(network).stride
     wanted = int(preprocessing.get("image_size", row.image_size))
     given = asked.weights is not None or "image_size" in changes.get("preprocessing", {})
-    preprocessing["image_size"] = max(wanted, stride if given else FEWEST_TOKENS * stride)
+    preprocessing["image_size"] = max(wanted, stride if given else smallest_size(stride))
     settings["preprocessing"] = preprocessing
     if "out" not in settings:
         settings["out"] = str(free_run_folder(asked.data))
     return build_config(settings)
+
+
+def smallest_size(stride: int) -> int:
+    """The least that the library chooses by itself, in pixels a side."""
+    return min(FEWEST_TOKENS * stride, -(-LARGE_ENOUGH // stride) * stride)
 
 
 def choose_recipe(asked: RunConfig) -> str:

@@ -12,9 +12,9 @@ def small_from_scratch(data: DataSummary) -> dict[str, Any]:
     """A few hundred to some tens of thousands of pictures, nothing pre-trained.
 
     Command: `saccade train flowers --minutes 5` (1,000 pictures of 5 classes, 128 px short side).
-    Cost: 5 minutes on two cores of a processor, about 100 passes at 64 px (80 px in evaluation).
-    Result: 78 % top-1 on 400 held-out pictures; a ResNet-18 of timm reaches 71.5 % in the same time. On 4,000 pictures
-    of 32 px in 10 classes, 64 % (ResNet-18: 55 %, ViT-Tiny: 30 %); see benchmarks/README.md.
+    Cost: 5 minutes on two cores of a processor, about 90 passes at 64 px (80 px in evaluation).
+    Result: 77 % top-1 on 400 held-out pictures; a ResNet-18 of timm reaches 71.5 % in the same time. On 4,000 pictures
+    of 32 px in 10 classes, 62 % (ResNet-18: 55 %, ViT-Tiny: 30 %); see benchmarks/README.md.
     Stronger augmentation (TrivialAugment, more mixing, smaller crops) was worse at this length: 70 to 72 %.
     """
     tiny = data.short_side <= 48

@@ -1,6 +1,6 @@
 """A model is one `.safetensors` file: its weights, and in the metadata all that is needed to use them.
 
-Nothing in a file is executed or imported: the architecture is looked up by name in our own table, and pickles are only
+Nothing in a file is executed or imported: the architecture is a row of figures for our own code, and pickles are only
 ever read with `weights_only=True`.
 """
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from saccade.config import NetworkConfig, PreprocessingConfig
+from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 
 FORMAT = 1
@@ -28,10 +28,10 @@ class ModelCard:
     """What a model file says of itself."""
 
     task: str
-    model: str  # a name of the table of backbones
-    class_names: tuple[str, ...]
+    model: str  # a label; what is built is `architecture`
+    architecture: dict[str, Any]  # the row of the backbone, `Row.to_dict()`
+    class_names: tuple[str, ...]  # none: features only
     preprocessing: PreprocessingConfig
-    network: NetworkConfig = field(default_factory=NetworkConfig)
     metrics: dict[str, float] = field(default_factory=dict)
     training_data: str = ""
     licence: str = "as the training data allows"
@@ -41,7 +41,6 @@ class ModelCard:
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["preprocessing"] = self.preprocessing.model_dump(mode="json")
-        values["network"] = self.network.model_dump(mode="json")
         return values
 
     @classmethod
@@ -56,9 +55,9 @@ class ModelCard:
             return cls(
                 task=str(values["task"]),
                 model=str(values["model"]),
+                architecture=dict(values["architecture"]),
                 class_names=tuple(str(name) for name in values["class_names"]),
                 preprocessing=PreprocessingConfig.model_validate(values["preprocessing"]),
-                network=NetworkConfig.model_validate(values.get("network", {})),
                 metrics={str(k): float(v) for k, v in values.get("metrics", {}).items()},
                 **{k: str(values.get(k, "")) for k in ("training_data", "licence", "provenance", "library_version")},
             )
@@ -94,6 +93,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, ValueError, RuntimeError) as error:
         _refuse_pickle(path)
         raise UserError(f"{path}: truncated or not a .safetensors file ({error}); get or copy it anew") from None
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """Only the metadata of a `.safetensors` file; None where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError, ValueError, RuntimeError):
+        return None
 
 
 def _refuse_pickle(path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -8,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.backbones import BACKBONES, backbone_row, build_backbone
+from saccade.backbones import BACKBONES, backbone_row, build_backbone, row_from_dict
 from saccade.backbones.features import Features
 from saccade.backbones.vit import VIT, ViT, ViTConfig
 from saccade.config import NetworkConfig
 from saccade.errors import UserError
+from saccade.layers.pooling import AttentionPooling
 from saccade.models.classifier import Classifier
 
 TINY = ViTConfig(dim=32, depth=3, heads=2, hidden=48, patch_size=4, image_size=16)
@@ -30,6 +30,16 @@ OPTIONS: dict[str, ViTConfig] = {
     "pixels": replace(TINY, patch_size=1, image_size=8),
     "patch_2": replace(TINY, patch_size=2),
     "patch_8": replace(TINY, patch_size=8),
+    "distilled": replace(TINY, pool="distilled"),
+    "token_mean": replace(TINY, pool="token_mean", registers=1),
+    "attention": replace(TINY, pool="attention", mlp="gelu_tanh"),
+    "mean_beside_class_token": replace(TINY, pool="mean", class_token=True, norm_pooled=True),
+    "norm_pooled_sequence": replace(TINY, pool="sequence", norm_pooled=True),
+    "clip": replace(TINY, pre_norm=True, mlp="quick_gelu", projection=24, norm_eps=1e-5),
+    "dinov3": replace(TINY, position="rotary", registers=2, key_bias=False, layer_scale=0.1, mlp="swiglu"),
+    "no_qkv_bias": replace(TINY, qkv_bias=False),
+    "bicubic": replace(TINY, resize="bicubic"),
+    "offset": replace(TINY, resize="offset"),
     "stem": replace(TINY, stem=(8, 16), stem_repeats=(1,), pool="sequence"),
     "all": replace(
         TINY, stem=(8,), registers=1, layer_scale=0.5, mlp="swiglu", position="rotary", drop_path=0.2, dropout=0.1
@@ -61,7 +71,8 @@ def tiny(config: ViTConfig) -> ViT:
     """With weights large enough that every option shows."""
     torch.manual_seed(0)
     model = ViT(config)
-    for parameter in model.blocks.parameters():
+    parts = [model.blocks, model.pooling] if isinstance(model.pooling, AttentionPooling) else [model.blocks]
+    for parameter in (parameter for part in parts for parameter in part.parameters()):
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.2)
     return model
@@ -79,21 +90,24 @@ def take_gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def on_meta() -> dict[str, Classifier]:
     with torch.device("meta"):
-        return {name: Classifier(build_backbone(name), 1000).eval() for name in VIT}
+        return {name: Classifier(build_backbone(name), 1000).eval() for name in PUBLISHED}
 
 
 @pytest.mark.parametrize("name", VIT)
-def test_every_row_has_the_shapes_it_promises(name, on_meta):
-    model, row = on_meta[name], VIT[name]
+def test_every_row_has_the_shapes_it_promises(name):
+    row = VIT[name]
     stride, side = row.stride, row.image_size
     assert side % stride == 0 and row.dim % row.heads == 0
+    with torch.device("meta"):
+        model = Classifier(build_backbone(replace(row, depth=2)), 1000).eval()  # blocks are alike
     for H, W in [(side, side), (side, 2 * side), (3 * stride, stride)]:
         images = torch.empty(2, 3, H, W, device="meta")
         features = model.backbone(images)
         assert isinstance(features, Features)
         assert features.strides == model.backbone.strides == (stride,)
         assert [m.shape for m in features.maps] == [(2, row.dim, H // stride, W // stride)]
-        assert features.summary.shape == (2, row.dim) and model.backbone.channels == (row.dim,)
+        assert features.summary.shape == (2, model.backbone.summary_channels)
+        assert model.backbone.channels == (row.dim,)
         assert model(images).logits.shape == (2, 1000)
 
 
@@ -120,7 +134,7 @@ def test_features_of_any_shape(config, size):
     assert features.strides == (stride,)
     assert len(features.maps) == 1
     assert features.maps[0].shape == (2, config.dim, size[0] // stride, size[1] // stride)
-    assert features.summary.shape == (2, config.dim)
+    assert features.summary.shape == (2, model.summary_channels)
     assert all(values.isfinite().all() for values in (*features.maps, features.summary))
 
 
@@ -153,7 +167,8 @@ def test_summary_is_that_of_forward(config, dtype, tolerance):
     Measured: 7.2e-7 in float32, 1.1e-15 in float64; gradients, of the largest: 9.3e-7 and 2.0e-15.
     """
     model = tiny(replace(config, drop_path=0.0, dropout=0.0)).to(dtype)
-    images, upstream = torch.randn(4, 3, 8, 16, dtype=dtype), torch.randn(4, config.dim, dtype=dtype)
+    upstream = torch.randn(4, model.summary_channels, dtype=dtype)
+    images = torch.randn(4, 3, 8, 16, dtype=dtype)
     fast = model.summary(images)
     (fast * upstream).sum().backward()
     of_fast = take_gradients(model)
@@ -170,7 +185,7 @@ def test_summary_is_that_of_forward(config, dtype, tolerance):
 def test_activation_checkpointing_changes_no_gradient(config, form):
     """Bitwise, with stochastic depth and dropout: the second pass draws what the first drew."""
     config = replace(config, drop_path=0.3, dropout=0.2)
-    images, upstream = torch.randn(4, 3, 8, 16), torch.randn(4, config.dim)
+    images, upstream = torch.randn(4, 3, 8, 16), torch.randn(4, tiny(config).summary_channels)
     found = []
     for checkpointing in (False, True):
         model = tiny(config)
@@ -230,9 +245,8 @@ def test_the_order_of_patches_matters_with_positions_only(position, pool):
         assert gap(model.summary(swapped), summary) > 1e-3  # measured 6.7e-3 or more
 
 
-@pytest.mark.parametrize("name", ["plain", "registers_rotary_mean", "stem", "all"])
-def test_trace_is_the_attention_of_forward(name):
-    config = OPTIONS[name]
+@options
+def test_trace_is_the_attention_of_forward(config):
     model = tiny(config).eval()
     trace = model.trace(torch.randn(2, 3, 8, 24))
     grid = (8 // config.stride, 24 // config.stride)
@@ -241,7 +255,31 @@ def test_trace_is_the_attention_of_forward(name):
     assert [w.shape for w in trace.weights] == config.depth * [(2, config.heads, N, N)]
     for shares in (*trace.weights, trace.pooling):
         assert gap(shares.sum(-1), torch.ones(shares.shape[:-1])) <= 1e-6  # measured 2.4e-7
-    assert (trace.pooling[:, : model.prefix].sum(1) == (config.pool == "token")).all()
+    of_prefix = {"token": 1.0, "distilled": 1.0, "token_mean": 0.5}.get(config.pool, 0.0)
+    assert (trace.pooling[:, : model.prefix].sum(1) == of_prefix).all()
+
+
+@pytest.mark.parametrize("name", ["attention", "sequence", "mean", "token_mean", "mean_beside_class_token"])
+def test_trace_tells_which_patches_the_pool_reads(name):
+    """The share of a patch is how much a summary of values would move with it: a weighted mean by these shares."""
+    model = tiny(replace(OPTIONS[name], depth=0, norm_pooled=False)).eval()
+    images = torch.randn(1, 3, 8, 24)
+    trace, x = model.trace(images), model.norm(model.embed(images)[0])
+    shares = trace.pooling[0, model.prefix :]
+    if name == "attention":
+        assert isinstance(model.pooling, AttentionPooling)
+        C = model.config.dim
+        values = F.linear(x[0], model.pooling.attention.qkv.weight[2 * C :], model.pooling.attention.qkv.bias[2 * C :])
+        q, k, _ = model.pooling.attention.project(model.pooling.query.expand(1, 1, C), x, None)
+        weights = (q @ k.transpose(-2, -1) / (C // 2) ** 0.5).softmax(-1)[0, :, 0]  # (H, N)
+        assert gap(shares, weights.mean(0)) <= 1e-6  # measured 1.5e-8
+        assert values.shape == (12, C) and shares.std() > 1e-4
+    elif name == "sequence":
+        assert gap(shares @ x[0, model.prefix :], model.summary(images)[0]) <= 1e-6  # measured 1.2e-7
+    else:
+        scale = 0.5 if name == "token_mean" else 1.0
+        expected = model.summary(images)[0, -model.config.dim :] * scale
+        assert gap(shares @ x[0, model.prefix :], expected) <= 1e-6  # measured 6.0e-8
 
 
 def test_every_parameter_has_a_depth():
@@ -250,6 +288,11 @@ def test_every_parameter_has_a_depth():
     assert set(depths.values()) == set(range(TINY.depth + 2))
     assert depths["head.weight"] == depths["backbone.norm.weight"] == TINY.depth + 1
     assert depths["backbone.class_token"] == depths["backbone.registers"] == 0
+    clip = Classifier(tiny(OPTIONS["clip"]), 5)
+    assert clip.depth_of("backbone.pre_norm.weight") == 0
+    assert clip.depth_of("backbone.projection.weight") == TINY.depth + 1
+    attention = Classifier(tiny(OPTIONS["attention"]), 5)
+    assert attention.depth_of("backbone.pooling.attention.qkv.weight") == TINY.depth + 1
     assert all(depth == int(name.split(".")[2]) + 1 for name, depth in depths.items() if "blocks." in name)
 
 
@@ -263,58 +306,26 @@ def test_settings_change_a_row():
     with pytest.raises(UserError, match="unknown model 'vit_tinny'; did you mean vit_tiny"):
         build_backbone("vit_tinny")
     assert set(VIT) <= set(BACKBONES)
+    with pytest.raises(UserError, match="network.pool: token_mean needs normed tokens"):
+        replace(TINY, pool="mean", norm_pooled=True).changed(NetworkConfig(pool="token_mean"))
 
 
-TIMM_NAMES = {
-    "patch_embed.proj": "patches.projection",
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.out",
-    "mlp.fc1": "mlp.up",
-    "mlp.fc2": "mlp.down",
-}
+def test_rows_that_differ_only_by_their_source_are_one_model():
+    row = VIT["dinov2_small"]
+    assert row.is_like(replace(row, resize="offset", norm_eps=1e-5, class_position=False, layer_scale=1.0))
+    assert not row.is_like(replace(row, registers=4)) and not row.is_like(VIT["vit_small"])
+    again = row_from_dict(VIT["cct_nano"].to_dict(), "a file")
+    assert again == VIT["cct_nano"]
 
 
-def from_timm(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """timm's state dict under our names. Its class token has a position, which is part of the token in ours."""
-    for name, value in weights.items():
-        if name == "cls_token":
-            yield "backbone.class_token", (value + weights["pos_embed"][:, :1])[0]
-        elif name == "pos_embed":
-            yield "backbone.positions.table", value[0, 1:]
-        else:
-            for theirs, ours in TIMM_NAMES.items():
-                name = name.replace(theirs, ours)
-            yield name if name.startswith("head.") else f"backbone.{name}", value
-
-
-@pytest.mark.parametrize("size", [(224, 224), (160, 256)], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
-def test_equals_timm(size, dtype, tolerance):
-    """The other size is no square and not the one that the positions are made for: timm interpolates with its own code.
-
-    Measured: 2.0e-6 in float32, 5.0e-16 in float64; gradients, of each one's largest: 2.5e-6 and 2.8e-15.
-    """
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10, dynamic_img_size=True)
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # no zeros and ones, behind which a wrong place could hide
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    theirs = theirs.to(dtype)
-    ours = Classifier(build_backbone("vit_tiny"), 10).to(dtype)
-    ours.load_state_dict(dict(from_timm(theirs.state_dict())))
-    images, targets = torch.randn(2, 3, *size, dtype=dtype), torch.tensor([3, 7])
-
-    logits, expected = ours(images).logits, theirs(images)
-    assert expected.abs().max() > 0.5
-    assert gap(logits, expected) <= tolerance
-    F.cross_entropy(logits, targets).backward()
-    F.cross_entropy(expected, targets).backward()
-    reference = {name: p.grad for name, p in theirs.named_parameters()}
-    # token and position are added, so both have this gradient, and so has our sum of them
-    assert gap(reference["pos_embed"][:, :1], reference["cls_token"]) <= tolerance  # measured 0
-    reference["pos_embed"][:, 0] = 0
-    of_theirs, of_ours = dict(from_timm(reference)), take_gradients(ours)
-    assert of_ours.keys() == of_theirs.keys()
-    for name, gradient in of_ours.items():
-        assert relative(gradient, of_theirs[name], least=1e-6) <= tolerance, name
+@pytest.mark.parametrize("name", ["plain", "bicubic", "offset"])
+def test_positions_adapt_to_another_resolution(name):
+    """What was interpolated once, on loading, is what the model would interpolate at each step."""
+    config = OPTIONS[name]
+    small, large = tiny(config).eval(), tiny(replace(config, image_size=24)).eval()
+    weights = {key: value.clone() for key, value in small.state_dict().items()}
+    assert large.adapt(weights, config) == ["positions interpolated from 4x4 to 6x6"]
+    large.load_state_dict(weights)
+    images = torch.randn(1, 3, 24, 24)
+    assert gap(large(images).summary, small(images).summary) == 0
+    assert small.adapt(weights, config) == [] and tiny(OPTIONS["rotary"]).adapt({}, OPTIONS["rotary"]) == []

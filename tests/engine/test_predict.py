@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import saccade
+from saccade.backbones import backbone_row
 from saccade.config import NetworkConfig, PreprocessingConfig
 from saccade.data.buckets import bucket_shapes
 from saccade.engine.predict import Model, list_inputs
@@ -19,9 +20,9 @@ from saccade.weights.model_file import ModelCard, save_model
 CARD = ModelCard(
     task="classify",
     model="vit_micro",
+    architecture=backbone_row("vit_micro").changed(NetworkConfig(patch_size=8), 32).to_dict(),
     class_names=("ant", "bee", "cat", "dog", "elk", "fox"),
     preprocessing=PreprocessingConfig(image_size=32, stride=8),
-    network=NetworkConfig(patch_size=8),
 )
 SIZES = [(40, 40), (30, 60), (64, 32), (7, 5), (100, 41), (33, 35), (48, 40)]  # (h, w)
 
@@ -66,7 +67,7 @@ def test_load_takes_a_file_and_a_run_folder(model_file, model):
 
 
 def test_load_refuses_what_is_no_model(tmp_path):
-    with pytest.raises(UserError, match="no such model file or run folder"):
+    with pytest.raises(UserError, match="no such file, run folder or name on a hub"):
         saccade.load(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="holds no model.safetensors"):
         saccade.load(str(tmp_path))

@@ -17,14 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import saccade
-from saccade.config import OptimizerConfig, RunConfig, ScheduleConfig, load_config
+from saccade.backbones import build_backbone
+from saccade.config import NetworkConfig, OptimizerConfig, RunConfig, ScheduleConfig, load_config
 from saccade.data.sample import Batch
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
 from saccade.engine.optimizers import build_optimizers, decays, lr_share, set_lr
-from saccade.weights.load import build_network, load_network
-from saccade.weights.model_file import ModelCard
+from saccade.models.classifier import Classifier
+from saccade.weights.load import load_network
 
 Build = Callable[..., RunConfig]
 PLAIN = {
@@ -186,8 +187,7 @@ def test_runs_of_one_seed_are_one_run(config: Build, tmp_path: Path) -> None:
 
 
 def classifier(model: str, **network: Any) -> Any:
-    card = {"task": "classify", "class_names": ["a", "b"], "preprocessing": {"image_size": 16, "stride": 2}}
-    return build_network(ModelCard.from_dict({**card, "model": model, "network": network}, "test"))
+    return Classifier(build_backbone(model, NetworkConfig(**network), 16), 2)
 
 
 def groups_of(optimizers: list[torch.optim.Optimizer], model: torch.nn.Module) -> dict[str, dict[str, Any]]:

@@ -180,3 +180,23 @@ def test_permutation_equivariance_without_positions_and_none_with():
     assert gap(module(x[:, order]), module(x)[:, order]) <= 1e-6  # measured 6.0e-8
     assert gap(module(x[:, order] + positions), module(x + positions)[:, order]) > 0.05
     assert gap(module(x[:, order], rotary=rotary), module(x, rotary=rotary)[:, order]) > 0.01
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_without_key_bias_is_a_key_bias_of_zero(cross):
+    torch.manual_seed(0)
+    whole, part = MultiHeadAttention(24, 3), MultiHeadAttention(24, 3, key_bias=False)
+    assert part.query_value_bias is not None and part.qkv.bias is None
+    nn.init.normal_(part.query_value_bias)
+    assert whole.qkv.bias is not None
+    with torch.no_grad():
+        q, v = part.query_value_bias.chunk(2)
+        whole.load_state_dict({**part.state_dict(), "qkv.bias": torch.cat((q, torch.zeros(24), v))}, strict=False)
+    x, context = torch.randn(2, 7, 24), torch.randn(2, 5, 24) if cross else None
+    tables = None if cross else rotary_2d((2, 3), 8, prefix=1)
+    assert gap(part(x, context, rotary=tables), whole(x, context, rotary=tables)) <= 1e-6  # measured 0
+    part(x, context).sum().backward()
+    # a shift of all values shifts the sum alike; where rotary positions are absent, so does one of all queries nothing
+    assert part.query_value_bias.grad is not None and part.query_value_bias.grad[24:].abs().min() > 1e-3
+    none = MultiHeadAttention(24, 3, qkv_bias=False, key_bias=False)
+    assert none.bias() is None and none.query_value_bias is None

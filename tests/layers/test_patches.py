@@ -18,6 +18,12 @@ def relative(a: Tensor, b: Tensor) -> float:
     return gap(a, b) / max(1.0, b.abs().max().item())
 
 
+def test_patches_without_bias():
+    module = PatchEmbed(4, 12, bias=False)
+    assert [name for name, _ in module.named_parameters()] == ["projection.weight"]
+    assert not module(torch.zeros(1, 3, 8, 8)).any()
+
+
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 14, 16])
 @pytest.mark.parametrize("grid", [(3, 3), (2, 5)], ids=str)
 def test_patches_are_the_strided_convolution(patch_size, grid):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -128,6 +129,52 @@ def test_resizing_keeps_what_is_constant_and_does_not_mix_axes():
     assert gap(resized[:, :1, 0].expand(7, 9), resized[..., 0]) <= 1e-5  # measured 2.4e-7
     assert gap(resized[:1, :, 1].expand(7, 9), resized[..., 1]) <= 1e-5  # measured 4.8e-7
     assert (resized[:, 0, 0].diff() > 0).all() and (resized[0, :, 1].diff() > 0).all()
+
+
+def cubic(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.75, as PyTorch has it without antialiasing."""
+    x, a = np.abs(x), -0.75
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def bicubic_matrix(old: int, new: int, scale: float) -> np.ndarray:
+    """(new, old): how much of each old cell is in each new one, where a new cell is 1 / scale of an old one wide."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) / scale - 0.5
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[i, min(max(tap, 0), old - 1)] += cubic(np.array(centre - tap))
+    return matrix
+
+
+@pytest.mark.parametrize("new", [(7, 9), (3, 4), (5, 2), (14, 21)], ids=str)
+@pytest.mark.parametrize(("resize", "offset"), [("bicubic", 0.0), ("offset", 0.1)])
+def test_resizing_by_the_formula(new, resize, offset):
+    """The offset makes the scale (n + 0.1) / old, as in the code of DINO and DINOv2, and not the size."""
+    old = (4, 6)
+    table = torch.randn(24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows, columns = (bicubic_matrix(o, n, (n + offset) / o) for o, n in zip(old, new, strict=True))
+    expected = np.einsum("ih,jw,hwc->ijc", rows, columns, table.unflatten(0, old).numpy())
+    resized = resize_positions(table, old, new, resize)
+    assert gap(resized, torch.from_numpy(expected).flatten(0, 1)) <= 1e-12  # measured 1.8e-15
+
+
+def test_antialiasing_differs_where_the_grid_shrinks():
+    table = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    smaller, larger = (
+        [resize_positions(table, (8, 8), new, how) for how in ("antialias", "bicubic")] for new in ((3, 3), (12, 12))
+    )
+    assert gap(*smaller) > 0.1
+    assert gap(*larger) > 0.01  # another kernel: a = -0.5 with antialiasing
+
+
+def test_rotary_in_float64_is_exact():
+    rough, fine = rotary_2d((5, 7), 16, prefix=2), rotary_2d((5, 7), 16, prefix=2, dtype=torch.float64)
+    for a, b in zip(rough, fine, strict=True):
+        assert b.dtype == torch.float64 and 0 < gap(a.double(), b) <= 2e-6  # measured 4.1e-7
+    angle = 2 * math.pi * (2 * 3.5 / 5 - 1) * 100 ** -(1 / 4)  # the second rate of the fourth row
+    assert abs(fine[0][2 + 3 * 7, 1].item() - math.cos(angle)) <= 1e-14
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

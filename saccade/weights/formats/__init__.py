@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from saccade.weights.formats import efficientformer, efficientvit, levit, resnet, swin, vit
 from saccade.weights.formats.table import Format
 
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (
+    *vit.FORMATS,
+    *swin.FORMATS,
+    *efficientvit.FORMATS,
+    *efficientformer.FORMATS,
+    *levit.FORMATS,
+    *resnet.FORMATS,
+)

@@ -27,6 +27,7 @@ class Rule:
     read: Callable[..., Tensor]  # (*theirs) -> ours
     write: Callable[[Tensor], tuple[Tensor, ...]]  # ours -> theirs
     gradient: Callable[..., Tensor] | None = None  # (*gradients of theirs) -> gradient of ours; None: as `read`
+    default: Callable[[], Tensor] | None = None  # ours where older files have none of theirs; None: that is a fault
 
 
 def same(ours: str, theirs: str) -> Rule:
@@ -91,11 +92,12 @@ class Format:
 def read_state(theirs: State, rules: Sequence[Rule], ignored: Sequence[str], where: str) -> dict[str, Tensor]:
     """Theirs as ours. Every missing and every left-over key is listed in one UserError. Nothing is skipped silently."""
     used = {name for rule in rules for name in rule.theirs}
-    missing = sorted(used - theirs.keys())
+    absent = [rule for rule in rules if rule.default is not None and not theirs.keys() & {*rule.theirs}]
+    missing = sorted(used - theirs.keys() - {name for rule in absent for name in rule.theirs})
     over = [name for name in theirs if name not in used and not any(fnmatchcase(name, each) for each in ignored)]
     faults = [f"missing: {name}" for name in missing]
     faults += [f"left over: {name} {tuple(theirs[name].shape)}" for name in over]
-    ours: dict[str, Tensor] = {}
+    ours: dict[str, Tensor] = {rule.ours: rule.default() for rule in absent if rule.default is not None}
     for rule in rules:
         if all(name in theirs for name in rule.theirs):
             try:

@@ -1,0 +1,110 @@
+"""Convolution and batch normalisation as one layer: https://arxiv.org/abs/1502.03167."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation whose statistics, factors and shifts stay as they were loaded; `nn.BatchNorm2d`'s names.
+
+    They are buffers, so that nothing that trains or unfreezes parameters finds them. `ConvNorm` applies them.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+
+class ConvNorm(nn.Module):
+    """A convolution that pads to keep the size, batch normalisation, and perhaps an activation.
+
+    Outside training, to normalise is to multiply and shift each channel. Factor and shift go into the convolution's
+    weight and bias where these are smaller than the map, which spares a pass over the map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        frozen: bool = False,
+    ):
+        super().__init__()
+        padding = dilation * (kernel - 1) // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=bias)
+        self.norm = FrozenBatchNorm(out_channels) if frozen else nn.BatchNorm2d(out_channels)
+        self.activation = activation
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], scale: Float[Tensor, " D"] | None = None
+    ) -> Float[Tensor, "B D h w"]:
+        """`scale` is one more factor per channel of the normalised map, such as LayerScale's: no pass of its own."""
+        if self.training and isinstance(self.norm, nn.BatchNorm2d):
+            x = _normalise_batch(self.conv(x), self.norm, scale)
+        else:
+            x = self._normalise_as_known(x, scale)
+        return x if self.activation is None else self.activation(x)
+
+    def _normalise_as_known(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        conv, norm = self.conv, self.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * factor
+        if scale is not None:
+            factor, shift = factor * scale, shift * scale
+        B, _, H, W = x.shape
+        places = B * H * W // (conv.stride[0] * conv.stride[1])
+        if conv.weight[0].numel() > places:
+            return torch.addcmul(shift[:, None, None], conv(x), factor[:, None, None])
+        bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, factor)
+        weight = conv.weight * factor[:, None, None, None]
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _normalise_batch(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return norm(x)
+    assert norm.momentum is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    weight, bias = norm.weight * scale, norm.bias * scale
+    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, True, norm.momentum, norm.eps)
+
+
+@contextmanager
+def statistics_kept(layer: nn.Module) -> Iterator[None]:
+    """Inside, batches leave no trace in running statistics: for activations that are computed a second time."""
+    norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms if norm.num_batches_tracked is not None]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.copy_(count)

@@ -1,0 +1,172 @@
+"""Weights of other libraries as ours. They are recognised, renamed and checked; nothing is skipped in silence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from saccade import __version__
+from saccade.backbones import backbone_row, build_backbone, name_of
+from saccade.backbones.base import Row
+from saccade.config import PreprocessingConfig
+from saccade.errors import UserError
+from saccade.models.classifier import Classifier
+from saccade.models.embedder import Embedder
+from saccade.weights import recognition
+from saccade.weights.descriptions import read_class_names, read_preprocessing
+from saccade.weights.formats.table import Format, Rule, Shapes, read_state
+from saccade.weights.model_file import ModelCard, check_weights
+from saccade.weights.published import PUBLISHED, Published
+from saccade.weights.source import UNKNOWN_LICENCE, RawWeights
+from saccade.weights.unwrap import shortened
+
+T = TypeVar("T")
+WIDEST = 100_000  # of any figure of an architecture; larger ones come from damaged or hostile descriptions
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Weights under our names, and all that is known of them. `theirs` are the same under their own names."""
+
+    row: Row
+    classes: int
+    weights: dict[str, Tensor]
+    theirs: Mapping[str, Tensor]
+    class_names: tuple[str, ...]
+    preprocessing: PreprocessingConfig
+    notes: tuple[str, ...]  # beside those of the RawWeights
+    licence: str
+    training_data: str
+    provenance: str
+    format: Format
+
+    def card(self) -> ModelCard:
+        """The description for a model file."""
+        return ModelCard(
+            task="classify" if self.class_names else "embed",
+            model=name_of(self.row),
+            architecture=self.row.to_dict(),
+            class_names=self.class_names,
+            preprocessing=self.preprocessing,
+            training_data=self.training_data,
+            licence=self.licence,
+            provenance=self.provenance,
+            library_version=__version__,
+        )
+
+
+def recognise(raw: RawWeights) -> Format:
+    """The family and dialect of these weights, or a UserError that says what they look like."""
+    return recognition.recognise(raw.where, shapes_of(raw.tensors), raw.config)
+
+
+def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool = True) -> Imported:
+    """Rename and check. `model` is a name of our table, where the source leaves the architecture open."""
+    form, shapes = recognise(raw), shapes_of(raw.tensors)
+    notes: list[str] = []
+    row = _row(raw, form, shapes, model, notes)
+    _refuse_absurd(raw.where, row, shapes)
+    classes = _ask(raw.where, form, lambda: form.classes(shapes, raw.config))
+    rules = _ask(raw.where, form, lambda: form.rules(row, classes))
+    network = describe_network(raw.where, row, classes)
+    weights = read_state(raw.tensors, rules, form.ignored, raw.where)
+    check_weights(weights, network.state_dict(), raw.where)
+    _refuse_non_finite(raw, rules)
+    aside = [key for key in raw.tensors if any(fnmatchcase(key, pattern) for pattern in form.ignored)]
+    aside = sorted(set(aside) - {name for rule in rules for name in rule.theirs})
+    if aside:
+        notes.append(f"left aside, being of no use here: {shortened(aside)}")
+    if classes and not keep_head:
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+        notes.append(f"the head for {classes} classes is left out, as asked")
+        classes = 0
+    known = next((each for every in PUBLISHED.values() for each in every if each.name == raw.where), None)
+    preprocessing, found = read_preprocessing(raw.where, raw.config, raw.preprocessor, row, form.preprocessing)
+    class_names, more = read_class_names(raw.config, classes, _is_imagenet(raw, form, known))
+    unknown = raw.licence == UNKNOWN_LICENCE
+    return Imported(
+        row,
+        classes,
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()},
+        raw.tensors,
+        class_names,
+        preprocessing,
+        (*notes, *found, *more),
+        known.licence if known and unknown else raw.licence,
+        raw.training_data or (known.training_data if known else ""),
+        f"{raw.origin}; read as {form.name} by saccade {__version__}",
+        form,
+    )
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def describe_network(where: str, row: Row, classes: int) -> nn.Module:
+    """The network on the meta device, for its shapes; it takes no memory."""
+    try:
+        with torch.device("meta"):
+            backbone = build_backbone(row)
+            return Classifier(backbone, classes) if classes else Embedder(backbone)
+    except recognition.ODD as error:
+        raise UserError(f"{where}: describes a model that cannot be built ({error})") from None
+
+
+def _row(raw: RawWeights, form: Format, shapes: Shapes, model: str | None, notes: list[str]) -> Row:
+    if model is None:
+        row = _ask(raw.where, form, lambda: form.row(shapes, raw.config))
+        if not raw.config:
+            notes.append(f"no config.json: the form is read from the shapes ({row.about}); --model NAME says otherwise")
+        return row
+    row = backbone_row(model)
+    if row.family != form.family:
+        raise UserError(f"--model {model}: of the family {row.family!r}, but {raw.where} holds a {form.name}")
+    try:
+        return replace(row, image_size=form.row(shapes, raw.config).image_size)
+    except recognition.ODD:
+        return row
+
+
+def _ask(where: str, form: Format, question: Callable[[], T]) -> T:
+    """What a format says; a description that it stumbles over is the file's fault, whatever the exception."""
+    try:
+        return question()
+    except UserError as error:
+        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from None
+    except recognition.ODD as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: recognised as {form.name}, but its description is incomplete ({what})") from None
+
+
+def _refuse_absurd(where: str, row: Row, shapes: Shapes) -> None:
+    """Before anything is built: no figure beyond reason, and no more blocks than there are tensors."""
+    for name, value in asdict(row).items():
+        figures = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int | float)]
+        most = len(shapes) if "depth" in name else WIDEST
+        if any(not abs(figure) <= most for figure in figures) or ("depth" in name and sum(figures) > most):
+            raise UserError(f"{where}: claims {name} = {value}, which these {len(shapes)} tensors cannot be; damaged")
+
+
+def _refuse_non_finite(raw: RawWeights, rules: list[Rule]) -> None:
+    used = sorted({name for rule in rules for name in rule.theirs if name in raw.tensors})
+    bad = [name for name in used if not torch.isfinite(raw.tensors[name]).all()]
+    if bad:
+        raise UserError(
+            f"{raw.where}: {len(bad)} of {len(used)} tensors hold NaN or infinity ({shortened(bad)}); the training "
+            "that made them diverged, or the file is damaged"
+        )
+
+
+def _is_imagenet(raw: RawWeights, form: Format, known: Published | None) -> bool:
+    """Does anything say that the classes are those of ImageNet-1k? torchvision publishes no others."""
+    described = raw.config.get("pretrained_cfg", raw.config)
+    tag: Any = described.get("tag") if isinstance(described, Mapping) else None
+    said = f"{raw.where} {raw.training_data} {tag} {known.training_data if known else ''}"
+    return form.dialect == "torchvision" or bool(re.search(r"in1k|imagenet-?1k|ILSVRC", said, re.IGNORECASE))

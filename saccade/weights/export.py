@@ -1,0 +1,220 @@
+"""Our weights for others: a folder that timm or transformers loads strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from saccade.backbones import row_from_dict
+from saccade.errors import UserError
+from saccade.weights.convert import describe_network, import_weights
+from saccade.weights.descriptions import write_preprocessor, write_pretrained_cfg
+from saccade.weights.formats import FORMATS
+from saccade.weights.formats.table import Format, write_state
+from saccade.weights.load import is_ours, load_weights
+from saccade.weights.model_file import ModelCard, check_weights, save_model, sync_folder
+from saccade.weights.source import open_weights
+
+DIALECTS = {"timm": "timm", "hf": "huggingface"}  # as the command calls them
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was read and what was written."""
+
+    source: str
+    out: str
+    read_as: str
+    written_as: str
+    model: str
+    family: str
+    about: str
+    parameters: int
+    classes: int
+    image_size: int
+    licence: str
+    training_data: str
+    provenance: str
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        head = f"{self.classes} classes" if self.classes else "no head"
+        side = f"{self.image_size}x{self.image_size} pixels"
+        return [
+            f"{self.model}: {self.family}, {self.about}, {self.parameters / 1e6:.1f} M parameters, {head}, {side}",
+            f"read as:  {self.read_as}",
+            f"licence:  {self.licence}",
+            *([f"data:     {self.training_data}"] if self.training_data else []),
+            f"from:     {self.provenance}",
+            *(f"note:     {note}" for note in self.notes),
+            f"written:  {self.out}" + ("" if self.written_as == "saccade" else f" (for {self.written_as})"),
+        ]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str = "saccade",
+    model: str | None = None,
+    keep_head: bool = True,
+    branch: str | None = None,
+) -> Conversion:
+    """Read weights from anywhere and write a model file, or a folder for timm (`timm`) or transformers (`hf`).
+
+    Nothing is ever written over, and `out` appears whole or not at all.
+    """
+    out = Path(out)
+    _check_out(out, to)
+    if is_ours(Path(source)):
+        if model is not None or branch is not None:
+            raise UserError(f"{source}: a model of saccade, which says what it is; leave --model and --branch out")
+        loaded = load_weights(source)
+        weights, card, notes, read_as = loaded.weights, loaded.card, loaded.notes, "saccade"
+        if not keep_head and card.class_names:
+            weights, card, notes = _without_head(weights, card, notes)
+    else:
+        raw = open_weights(source, branch=branch)
+        found = import_weights(raw, model=model, keep_head=keep_head)
+        weights, card, notes, read_as = found.weights, found.card(), [*raw.notes, *found.notes], found.format.name
+    row = row_from_dict(card.architecture, str(source))
+    network = describe_network(str(source), row, len(card.class_names))
+    check_weights(weights, network.state_dict(), str(source))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out.parent}: cannot be made ({error.strerror or error})") from None
+    if to == "saccade":
+        save_model(out, weights, card)
+    else:
+        write_folder(out, export_weights(card, weights, DIALECTS[to], str(source)))
+    return Conversion(
+        source=str(source),
+        out=str(out),
+        read_as=read_as,
+        written_as=to,
+        model=card.model,
+        family=row.family,
+        about=row.about,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        classes=len(card.class_names),
+        image_size=card.preprocessing.image_size,
+        licence=card.licence,
+        training_data=card.training_data,
+        provenance=card.provenance,
+        notes=tuple(notes),
+    )
+
+
+def _check_out(out: Path, to: str) -> None:
+    """Before anything is read, which may take long."""
+    if to not in ("saccade", *DIALECTS):
+        raise UserError(f"--to {to}: not known; use saccade, timm or hf")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists already, and nothing is written over; choose another name")
+    if to == "saccade" and out.suffix != ".safetensors":
+        raise UserError(f"{out}: a model file is named *.safetensors, such as {out.name or 'model'}.safetensors")
+    if to != "saccade" and out.suffix in (".safetensors", ".bin", ".pth"):
+        raise UserError(f"{out}: --to {to} writes a folder (weights, config.json and more); give a name without suffix")
+
+
+def _without_head(
+    weights: dict[str, Tensor], card: ModelCard, notes: list[str]
+) -> tuple[dict[str, Tensor], ModelCard, list[str]]:
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+    values = {**card.to_dict(), "task": "embed", "class_names": ()}
+    said = f"the head for {len(card.class_names)} classes is left out, as asked"
+    return kept, ModelCard.from_dict(values, "the model"), [*notes, said]
+
+
+# --- to others -------------------------------------------------------------------------------------------------------
+
+
+def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str, where: str = "") -> dict[str, bytes]:
+    """The files of a folder in the hub's layout, by name."""
+    row, classes = row_from_dict(card.architecture, where or card.model), len(card.class_names)
+    form = _writer(row.family, dialect, where or card.model)
+    try:
+        rules, config = form.rules(row, classes), form.write_config(row, classes)
+        theirs = write_state(weights, rules)
+    except UserError:
+        raise
+    except (KeyError, ValueError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"{where or card.model}: {form.name} has no model of this form ({row.about}): {error}; "
+            "only forms that the other library has can be written for it"
+        ) from None
+    files = {
+        "model.safetensors": serialise(theirs, {"format": "pt"}),
+        "config.json": _json(_described(config, card, dialect)),
+        "README.md": _readme(card).encode(),
+    }
+    if dialect == "huggingface":
+        files["preprocessor_config.json"] = _json(write_preprocessor(card.preprocessing))
+    return files
+
+
+def _writer(family: str, dialect: str, where: str) -> Format:
+    found = [each for each in FORMATS if each.family == family and each.dialect == dialect]
+    if not found:
+        others = [each.dialect for each in FORMATS if each.family == family and each.dialect in DIALECTS.values()]
+        flags = {dialect: flag for flag, dialect in DIALECTS.items()}
+        instead = f"; --to {flags[others[0]]} can" if others else ""
+        raise UserError(f"{where}: a {family} cannot be written for {dialect}, which has no such model{instead}")
+    return found[0]
+
+
+def _described(config: dict[str, Any], card: ModelCard, dialect: str) -> dict[str, Any]:
+    """Their config.json, with what ours says of classes and pictures."""
+    classes = card.class_names
+    if dialect == "timm":
+        given = write_pretrained_cfg(card.preprocessing, len(classes))
+        labels = {"label_names": list(classes)} if classes else {}
+        described = {**config.get("pretrained_cfg", {}), **given}
+        return {**config, "num_classes": len(classes), **labels, "pretrained_cfg": described}
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
+    return config | (labels if classes else {})
+
+
+def _readme(card: ModelCard) -> str:
+    """With the licence where the hub, and `saccade convert`, look for it."""
+    line = " ".join(card.licence.split())
+    simple = re.fullmatch(r"[\w.-]+", line)
+    head = [f"license: {line.lower()}" if simple else f"license: other\nlicense_name: {line}"]
+    if card.training_data:
+        head.append(f"datasets:\n- {' '.join(card.training_data.split())}")
+    body = [f"# {card.model}", card.provenance, f"Training data: {card.training_data}" if card.training_data else ""]
+    return "\n".join(["---", *head, "---", "", "\n\n".join(part for part in body if part), ""])
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
+    """A folder with all of its files, or none."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            with open(temporary / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        os.rename(temporary, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); free space or choose another") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""Running reference models as they are meant: exact in float64, and under the names of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class InDouble(TorchFunctionMode):
+    """Whatever asks for float32 gets float64.
+
+    Reference code computes some constants and interpolations in float32 even in a float64 model, which would hide what
+    float64 is there to show.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        named = {key: torch.float64 if each is torch.float32 else each for key, each in (kwargs or {}).items()}
+        return func(*args, **named)
+
+
+def exact(images: Tensor) -> AbstractContextManager[Any]:
+    """The mode for these inputs."""
+    return InDouble() if images.dtype == torch.float64 else nullcontext()
+
+
+class FileNamed(nn.Module):
+    """A reference model under the names of its files, where those in memory are others.
+
+    `places` gives for each name in files the tensors in memory that stand in it one above the other. `answer` computes
+    logits, or the summary without classes. `parts` are modules that are found by other paths than in memory.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        places: Mapping[str, tuple[str, ...]],
+        answer: Callable[[Any, Tensor], Tensor],
+        parts: Mapping[str, nn.Module],
+    ):
+        super().__init__()
+        self.inner = inner
+        self.places = dict(places)
+        self.answer = answer
+        self.parts = dict(parts)
+        self.register_state_dict_post_hook(_to_files)
+        self.register_load_state_dict_pre_hook(_from_files)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with exact(images):
+            return self.answer(self.inner, images)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.parts[target] if target in self.parts else super().get_submodule(target)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.inner.parameters(recurse)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """With their gradients; what is several tensors in memory is a copy."""
+        inner = dict(self.inner.named_parameters(remove_duplicate=remove_duplicate))
+        for name, parts in self.places.items():
+            found = [inner[part] for part in parts if part in inner]
+            if len(found) == 1:
+                yield prefix + name, found[0]
+            elif found:
+                whole = nn.Parameter(torch.cat([part.detach() for part in found]))
+                if all(part.grad is not None for part in found):
+                    whole.grad = torch.cat([part.grad for part in found if part.grad is not None])
+                yield prefix + name, whole
+
+
+def _to_files(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    assert isinstance(model, FileNamed)
+    inner = {name: state.pop(name) for name in list(state) if name.startswith(f"{prefix}inner.")}
+    for name, parts in model.places.items():
+        tensors = [inner[f"{prefix}inner.{part}"] for part in parts]
+        state[prefix + name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _from_files(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    assert isinstance(model, FileNamed)
+    for name, parts in model.places.items():
+        if prefix + name in state:
+            whole = state.pop(prefix + name)
+            pieces = whole.chunk(len(parts)) if len(parts) > 1 else (whole,)
+            state.update({f"{prefix}inner.{part}": piece for part, piece in zip(parts, pieces, strict=True)})
+
+
+def transformers_places(model: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """Names in files, with `prefix` before them, and what they hold of a model of transformers.
+
+    transformers says it itself, by its own conversion for saving; before version 5 the names were the same.
+    """
+    names = list(model.state_dict())
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {prefix + name: (name,) for name in names}
+    # tensors of one number each, by which it can be seen where they went
+    tags = {name: torch.full((1, 1), float(i)) for i, name in enumerate(names)}
+    written = revert_weight_conversion(model, tags)
+    return {prefix + name: tuple(names[int(i)] for i in tag.flatten()) for name, tag in written.items()}

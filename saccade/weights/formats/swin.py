@@ -1,0 +1,582 @@
+"""Swin of both versions as timm, Hugging Face, torchvision and the authors' repository name it.
+
+All merge 2x2 neighbours in the same order, down the columns first. The merging between two stages belongs to the later
+one in timm, and to the earlier one elsewhere. All agree on sizes that windows divide; beyond, a row says whose way
+it is (`SwinConfig.pad_first`, `unshifted`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.backbones.base import Row
+from saccade.backbones.swin import SWIN, SwinConfig
+from saccade.config import PreprocessingConfig
+from saccade.errors import UserError
+from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage, module, packed, same
+
+
+@dataclass(frozen=True)
+class Names:
+    """Patterns of a dialect: s counts stages and b blocks from 0, t is s + 1, o is 2 s + 1, e is 2 s + 2."""
+
+    patches: str
+    patch_norm: str
+    block: str
+    merge: str  # by the stage before it
+    norms: tuple[str, str]
+    qkv: tuple[str, ...]  # one matrix, or three
+    biases: tuple[str, ...]  # in version 2: of queries and values, or of all three in one
+    out: str
+    table: str
+    logit_scale: str
+    mlp_of_bias: str
+    mlp: tuple[str, str]
+    norm: str
+    head: str
+    prefix: tuple[str, str] = ("", "")  # of all but the head where there is one; per version
+
+
+TIMM = Names(
+    patches="patch_embed.proj",
+    patch_norm="patch_embed.norm",
+    block="layers.{s}.blocks.{b}",
+    merge="layers.{t}.downsample",
+    norms=("norm1", "norm2"),
+    qkv=("attn.qkv",),
+    biases=("attn.q_bias", "attn.v_bias"),
+    out="attn.proj",
+    table="attn.relative_position_bias_table",
+    logit_scale="attn.logit_scale",
+    mlp_of_bias="attn.cpb_mlp",
+    mlp=("mlp.fc1", "mlp.fc2"),
+    norm="norm",
+    head="head.fc",
+)
+ORIGINAL = replace(TIMM, merge="layers.{s}.downsample", head="head")
+TORCHVISION = replace(
+    TIMM,
+    patches="features.0.0",
+    patch_norm="features.0.2",
+    block="features.{o}.{b}",
+    merge="features.{e}",
+    biases=("attn.qkv.bias",),
+    mlp=("mlp.0", "mlp.3"),
+    head="head",
+)
+HUGGINGFACE = Names(
+    patches="embeddings.patch_embeddings.projection",
+    patch_norm="embeddings.norm",
+    block="encoder.layers.{s}.blocks.{b}",
+    merge="encoder.layers.{s}.downsample",
+    norms=("layernorm_before", "layernorm_after"),
+    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+    biases=("attention.self.query.bias", "attention.self.value.bias"),
+    out="attention.output.dense",
+    table="attention.self.relative_position_bias_table",
+    logit_scale="attention.self.logit_scale",
+    mlp_of_bias="attention.self.continuous_position_bias_mlp",
+    mlp=("intermediate.dense", "output.dense"),
+    norm="layernorm",
+    head="classifier",
+    prefix=("swin.", "swinv2."),
+)
+IGNORED = ("*.relative_position_index", "*.relative_coords_table", "*.attn_mask")  # computed from the window's size
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def _at(pattern: str, stage: int, block: int = 0) -> str:
+    return pattern.format(s=stage, t=stage + 1, o=2 * stage + 1, e=2 * stage + 2, b=block)
+
+
+def _prefix(row: SwinConfig, classes: int, names: Names) -> str:
+    return names.prefix[row.version - 1] if classes else ""
+
+
+def _rules(row: Row, classes: int, names: Names) -> list[Rule]:
+    assert isinstance(row, SwinConfig)
+    p = _prefix(row, classes, names)
+    rules = module("backbone.patches.projection", p + names.patches)
+    rules += module("backbone.patch_norm", p + names.patch_norm)
+    for s, depth in enumerate(row.depths):
+        for b in range(depth):
+            rules += _block_rules(row, f"backbone.stages.{s}.{b}", p + _at(names.block, s, b), names)
+        if s < len(row.depths) - 1:
+            merge = p + _at(names.merge, s)
+            rules += module(f"backbone.merges.{s}.norm", f"{merge}.norm")
+            rules.append(same(f"backbone.merges.{s}.reduction.weight", f"{merge}.reduction.weight"))
+    rules += module("backbone.norm", p + names.norm)
+    return rules + (module("head", names.head) if classes else [])
+
+
+def _block_rules(row: SwinConfig, ours: str, theirs: str, names: Names) -> list[Rule]:
+    rules = [rule for i in (0, 1) for rule in module(f"{ours}.norm{i + 1}", f"{theirs}.{names.norms[i]}")]
+    rules += module(f"{ours}.mlp.up", f"{theirs}.{names.mlp[0]}")
+    rules += module(f"{ours}.mlp.down", f"{theirs}.{names.mlp[1]}")
+    rules += module(f"{ours}.attention.out", f"{theirs}.{names.out}")
+    rules.append(packed(f"{ours}.attention.qkv.weight", *(f"{theirs}.{name}.weight" for name in names.qkv)))
+    if row.version == 1:
+        rules.append(packed(f"{ours}.attention.qkv.bias", *(f"{theirs}.{name}.bias" for name in names.qkv)))
+        return [*rules, same(f"{ours}.attention.bias.table", f"{theirs}.{names.table}")]
+    rules.append(_bias_rule(f"{ours}.attention.query_value_bias", tuple(f"{theirs}.{name}" for name in names.biases)))
+    rules.append(same(f"{ours}.attention.logit_scale", f"{theirs}.{names.logit_scale}"))
+    rules += module(f"{ours}.attention.bias.up", f"{theirs}.{names.mlp_of_bias}.0")
+    return [*rules, same(f"{ours}.attention.bias.down.weight", f"{theirs}.{names.mlp_of_bias}.2.weight")]
+
+
+def _bias_rule(ours: str, theirs: tuple[str, ...]) -> Rule:
+    if len(theirs) == 2:
+        return packed(ours, *theirs)
+
+    def read(whole: Tensor) -> Tensor:
+        of_q, _, of_v = whole.view(3, -1)  # that of keys is never used
+        return torch.cat((of_q, of_v))
+
+    def write(pair: Tensor) -> tuple[Tensor]:
+        of_q, of_v = pair.chunk(2)
+        return (torch.cat((of_q, torch.zeros_like(of_q), of_v)),)
+
+    return Rule(ours, theirs, read, write)
+
+
+def _stages(row: Row, classes: int, names: Names) -> list[Stage]:
+    """Outputs of blocks and of mergings, as (B, h w, C)."""
+    assert isinstance(row, SwinConfig)
+    p = _prefix(row, classes, names)
+    stages = []
+    for s, depth in enumerate(row.depths):
+        for b in range(depth):
+            title = f"stage {s + 1}, block {b + 1}"
+            stages.append(Stage(title, f"backbone.stages.{s}.{b}", p + _at(names.block, s, b), _tokens, _rows))
+        if s < len(row.depths) - 1:
+            title = f"merging after stage {s + 1}"
+            stages.append(Stage(title, f"backbone.merges.{s}", p + _at(names.merge, s), _tokens, _rows))
+    return stages
+
+
+def _tokens(output: Any) -> Tensor:
+    return output.rows().flatten(1, 2)
+
+
+def _rows(output: Any) -> Tensor:
+    tensor = output[0] if isinstance(output, tuple) else output
+    return tensor.flatten(1, 2) if tensor.ndim == 4 else tensor
+
+
+# --- what shapes and descriptions tell -------------------------------------------------------------------------------
+
+
+def _recognises(shapes: Shapes, names: Names) -> bool:
+    """A block with one of the two kinds of position bias, and a merging where this dialect has it."""
+    block, last = _at(names.block, 0), _at(names.merge, 0)
+    known = f"{block}.{names.table}" in shapes or f"{block}.{names.logit_scale}" in shapes
+    return known and f"{last}.reduction.weight" in shapes and len(shapes.get(f"{names.patches}.weight", ())) == 4
+
+
+def _bare(shapes: Shapes, names: Names) -> dict[str, tuple[int, ...]]:
+    """Without the prefix that the backbone has within a classifier."""
+    bare = {}
+    for name, shape in shapes.items():
+        for prefix in filter(None, names.prefix):
+            name = name.removeprefix(prefix)
+        bare[name] = shape
+    return bare
+
+
+def _classes(shapes: Shapes, names: Names) -> int:
+    return shapes.get(f"{names.head}.weight", (0,))[0]
+
+
+def _form(shapes: Shapes, names: Names) -> SwinConfig:
+    """All but the windows of version 2, which are left empty; the size of pictures is that which the windows fit."""
+    bare = _bare(shapes, names)
+    depths = []
+    while f"{_at(names.block, len(depths), 0)}.{names.norms[0]}.weight" in bare:
+        block = 0
+        while f"{_at(names.block, len(depths), block)}.{names.norms[0]}.weight" in bare:
+            block += 1
+        depths.append(block)
+    dim, _, height, width = bare[f"{names.patches}.weight"]
+    if height != width:
+        raise UserError(f"patches of {height}x{width} pixels are not supported, only squares")
+    first = [_at(names.block, s) for s in range(len(depths))]
+    version = 2 if f"{first[0]}.{names.logit_scale}" in bare else 1
+    key = names.logit_scale if version == 2 else names.table
+    tables = [bare[f"{block}.{key}"] for block in first]
+    return SwinConfig(
+        version=version,
+        dim=dim,
+        depths=tuple(depths),
+        heads=tuple(shape[0] if version == 2 else shape[1] for shape in tables),
+        windows=tuple(_window(shape[0]) for shape in tables) if version == 1 else _told_windows(bare, first, names),
+        patch_size=height,
+        mlp_ratio=bare[f"{first[0]}.{names.mlp[0]}.weight"][0] / dim,
+        drop_path=0.1,
+    )
+
+
+def _window(offsets: int) -> int:
+    side = math.isqrt(offsets)
+    if side * side != offsets or side % 2 == 0:
+        raise UserError(f"a table of {offsets} position biases belongs to no square window, so it cannot be read")
+    return (side + 1) // 2
+
+
+def _told_windows(bare: Mapping[str, tuple[int, ...]], blocks: list[str], names: Names) -> tuple[int, ...]:
+    """Of version 2, where the table of offsets was saved with the weights."""
+    inside = names.logit_scale.removesuffix("logit_scale")
+    tables = [bare.get(f"{block}.{inside}relative_coords_table", ()) for block in blocks]
+    return tuple((table[1] + 1) // 2 for table in tables) if all(len(table) == 4 for table in tables) else ()
+
+
+def _fitted(row: SwinConfig, window: int, image_size: int) -> SwinConfig:
+    """With windows no larger than the map that a stage has of a picture of this size."""
+    row = replace(row, image_size=image_size)
+    return replace(row, windows=tuple(min(window, row.built_grid(s)) for s in range(len(row.depths))))
+
+
+def _from_shapes(shapes: Shapes, names: Names, hint: str) -> SwinConfig:
+    """For a bare file. The last stage has one window on pictures of the usual size."""
+    row = _form(shapes, names)
+    if not row.windows:
+        raise UserError(
+            "the weights of a Swin of the second version fit any window, so nothing here says which is meant: " + hint
+        )
+    return replace(row, image_size=row.stride * row.windows[-1])
+
+
+HINT = "put the config.json of these weights beside them, or give --model"
+LIKE_TIMM: dict[str, Any] = {"pad_first": False, "unshifted": "built"}
+LIKE_SWINV2: dict[str, Any] = {"pad_first": True, "unshifted": "built"}  # of Hugging Face
+
+
+def _original_row(shapes: Shapes, config: Mapping[str, Any]) -> SwinConfig:
+    return replace(_from_shapes(shapes, ORIGINAL, HINT), **LIKE_TIMM)  # theirs takes no size but its own
+
+
+def _torchvision_row(shapes: Shapes, config: Mapping[str, Any]) -> SwinConfig:
+    return _from_shapes(shapes, TORCHVISION, HINT)
+
+
+# --- timm ------------------------------------------------------------------------------------------------------------
+
+TIMM_NAMES = {
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+    "swin_large": "swin_large_patch4_window7_224",
+    "swin_base_384": "swin_base_patch4_window12_384",
+    "swin_large_384": "swin_large_patch4_window12_384",
+    "swinv2_tiny": "swinv2_tiny_window8_256",
+    "swinv2_small": "swinv2_small_window8_256",
+    "swinv2_base": "swinv2_base_window8_256",
+    "swinv2_tiny_window16": "swinv2_tiny_window16_256",
+    "swinv2_small_window16": "swinv2_small_window16_256",
+    "swinv2_base_window16": "swinv2_base_window16_256",
+    "swinv2_base_window12": "swinv2_base_window12_192",
+    "swinv2_large_window12": "swinv2_large_window12_192",
+    "swinv2_base_window12to16": "swinv2_base_window12to16_192to256",
+    "swinv2_base_window12to24": "swinv2_base_window12to24_192to384",
+    "swinv2_large_window12to16": "swinv2_large_window12to16_192to256",
+    "swinv2_large_window12to24": "swinv2_large_window12to24_192to384",
+}
+TIMM_NAME = re.compile(r"swin(v2)?_[a-z0-9_]*?window(\d+)(?:to(\d+))?_(?:\d+to)?(\d+)$")
+
+
+def _timm_row(shapes: Shapes, config: Mapping[str, Any]) -> SwinConfig:
+    row = replace(_form(shapes, TIMM), **LIKE_TIMM)
+    arguments = config.get("model_args") or {}
+    if arguments.get("always_partition"):
+        raise UserError("config.json: a Swin with always_partition is not supported")
+    match = TIMM_NAME.match(str(config.get("architecture") or "").split(".")[0])
+    size = arguments.get("img_size") or (config.get("pretrained_cfg") or {}).get("input_size") or match and match[4]
+    if isinstance(size, list | tuple):
+        if size[-1] != size[-2]:
+            raise UserError(f"config.json: a Swin for pictures of {size} pixels is not supported, only for squares")
+        size = size[-1]
+    if row.version == 1:
+        return replace(row, image_size=int(size) if size else row.stride * row.windows[-1])
+    window = arguments.get("window_size") or match and int(match[3] or match[2])
+    if not window or not size:
+        return replace(_from_shapes(shapes, TIMM, HINT), **LIKE_TIMM)
+    trained = arguments.get("pretrained_window_sizes") or _timm_trained(match)
+    row = replace(row, image_size=int(size), trained_windows=tuple(trained) if trained and any(trained) else None)
+    if isinstance(window, int):
+        return _fitted(row, window, row.image_size)
+    return replace(row, windows=tuple(min(w, row.built_grid(s)) for s, w in enumerate(window)))
+
+
+def _timm_trained(match: re.Match[str] | None) -> tuple[int, ...] | None:
+    if match is None or not match[3]:
+        return None
+    window = int(match[2])
+    return (window, window, window, window // 2)  # pretrained at 16 windows a picture
+
+
+def _timm_config(row: Row, classes: int) -> dict[str, Any]:
+    assert isinstance(row, SwinConfig)
+    alike = (name for name in TIMM_NAMES if SWIN[name].is_like(row) and SWIN[name].image_size == row.image_size)
+    known = next(alike, None)
+    return {
+        "architecture": TIMM_NAMES[known or ("swin_tiny" if row.version == 1 else "swinv2_tiny")],
+        "num_classes": classes,
+        "num_features": row.dim * 2 ** (len(row.depths) - 1),
+        "pretrained_cfg": {"input_size": [3, row.image_size, row.image_size], "num_classes": classes},
+        **({} if known else {"model_args": _timm_arguments(row)}),
+    }
+
+
+def _timm_arguments(row: SwinConfig) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "img_size": row.image_size,
+        "patch_size": row.patch_size,
+        "embed_dim": row.dim,
+        "depths": list(row.depths),
+        "num_heads": list(row.heads),
+        "window_size": list(row.windows),
+        "mlp_ratio": row.mlp_ratio,
+    }
+    if row.version == 2 and row.trained_windows is not None:
+        arguments["pretrained_window_sizes"] = list(row.trained_windows)
+    return arguments
+
+
+def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
+    from timm.models.swin_transformer import SwinTransformer
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    assert isinstance(row, SwinConfig)
+    kind = SwinTransformer if row.version == 1 else SwinTransformerV2
+    return kind(num_classes=classes, strict_img_size=False, drop_path_rate=row.drop_path, **_timm_arguments(row))
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def _hf_recognises(shapes: Shapes, config: Mapping[str, Any]) -> bool:
+    version = 2 if any(name.endswith("attention.self.logit_scale") for name in shapes) else 1
+    prefixed = any(name.startswith(HUGGINGFACE.prefix[version - 1]) for name in shapes)
+    if prefixed != bool(_classes(shapes, HUGGINGFACE)):
+        return False
+    kind = "swin" if version == 1 else "swinv2"
+    return config.get("model_type", kind) == kind and _recognises(_bare(shapes, HUGGINGFACE), HUGGINGFACE)
+
+
+def _hf_row(shapes: Shapes, config: Mapping[str, Any]) -> SwinConfig:
+    standard = {"use_absolute_embeddings": False, "qkv_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+    for name, value in standard.items():
+        if config.get(name, value) != value:
+            raise UserError(f"config.json: a Swin with {name} = {config[name]!r} is not supported, only {value!r}")
+    row = _form(shapes, HUGGINGFACE)
+    row = replace(row, drop_path=float(config.get("drop_path_rate", row.drop_path)))
+    size = config.get("image_size")
+    if size is not None and not isinstance(size, int):
+        if size[0] != size[1]:
+            raise UserError(f"config.json: a Swin for pictures of {size} pixels is not supported, only for squares")
+        size = int(size[0])
+    if row.version == 1:
+        return replace(row, unshifted="picture", image_size=size or row.stride * row.windows[-1])
+    if size is None or "window_size" not in config:
+        return replace(_from_shapes(shapes, HUGGINGFACE, HINT), **LIKE_SWINV2)
+    trained = config.get("pretrained_window_sizes") or ()
+    row = replace(row, **LIKE_SWINV2, trained_windows=tuple(trained) if any(trained) else None)
+    return _fitted(row, int(config["window_size"]), size)
+
+
+def _hf_config(row: Row, classes: int) -> dict[str, Any]:
+    assert isinstance(row, SwinConfig)
+    kind = "Swin" if row.version == 1 else "Swinv2"
+    window = max(row.windows)
+    possible = _fitted(row, window, row.image_size).windows if row.version == 2 else len(row.windows) * (window,)
+    if row.windows != possible:
+        raise UserError(
+            f"Hugging Face's {kind} has windows {possible} at {row.image_size} pixels, not {row.windows}; "
+            f"write another dialect"
+        )
+    values = {
+        "architectures": [f"{kind}ForImageClassification" if classes else f"{kind}Model"],
+        "model_type": kind.lower(),
+        "image_size": row.image_size,
+        "patch_size": row.patch_size,
+        "num_channels": 3,
+        "embed_dim": row.dim,
+        "depths": list(row.depths),
+        "num_heads": list(row.heads),
+        "window_size": window,
+        "mlp_ratio": row.mlp_ratio,
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+        "use_absolute_embeddings": False,
+        "layer_norm_eps": 1e-5,
+        "drop_path_rate": row.drop_path,
+        "hidden_size": row.dim * 2 ** (len(row.depths) - 1),
+    }
+    if row.version == 2:
+        values["pretrained_window_sizes"] = list(row.trained_windows or len(row.depths) * (0,))
+    return values
+
+
+def _build_hf(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
+    import transformers
+
+    assert isinstance(row, SwinConfig)
+    drop = ("architectures", "model_type", "hidden_size")
+    values = {name: value for name, value in _hf_config(row, classes).items() if name not in drop}
+    if row.version == 2:
+        described = transformers.Swinv2Config(num_labels=classes, **values)
+        kind = transformers.Swinv2ForImageClassification if classes else transformers.Swinv2Model
+        return kind(described)
+    described = transformers.SwinConfig(num_labels=classes, **values)
+    model = (transformers.SwinForImageClassification if classes else transformers.SwinModel)(described)
+    for layer in model.modules():
+        if type(layer).__name__ == "SwinLayer":
+            _name_as_on_the_hub(layer)
+    return model
+
+
+def _name_as_on_the_hub(layer: nn.Module) -> None:
+    """transformers 5 renamed the parts of a block of version 1, but not the files; here parts are called as in files.
+
+    The code of the layer finds its parts as before, as plain attributes.
+    """
+    attention: Any = layer.attention
+    if not hasattr(attention, "q_proj"):
+        return  # transformers 4
+    inner = nn.Module()
+    for new, old in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        inner.add_module(new, _taken(attention, old))
+    biases = attention.relative_position_bias
+    table = biases.relative_position_bias_table
+    del biases.relative_position_bias_table
+    biases.__dict__["relative_position_bias_table"] = table
+    inner.register_parameter("relative_position_bias_table", table)
+    attention.add_module("self", inner)
+    outer, mlp = nn.Module(), layer.mlp
+    outer.add_module("dense", _taken(attention, "o_proj"))
+    attention.add_module("output", outer)
+    for new, old in (("intermediate", "fc1"), ("output", "fc2")):
+        part = nn.Module()
+        part.add_module("dense", _taken(mlp, old))
+        layer.add_module(new, part)
+
+
+def _taken(parent: Any, name: str) -> nn.Module:
+    """A child that from now on is only an attribute of its parent."""
+    child = getattr(parent, name)
+    delattr(parent, name)
+    parent.__dict__[name] = child
+    return child
+
+
+def _hf_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """A layer of version 1 that once saw a small map never shifts again; here every call begins anew."""
+    for stage in model.modules():
+        if type(stage).__name__ == "SwinStage":
+            for b, layer in enumerate(stage.blocks):  # type: ignore[arg-type]
+                layer.window_size = stage.config.window_size
+                layer.shift_size = b % 2 * (layer.window_size // 2)
+    outputs = model(images)
+    return outputs.logits if hasattr(outputs, "logits") else outputs.pooler_output
+
+
+# --- torchvision -----------------------------------------------------------------------------------------------------
+
+
+def _torchvision_config(row: Row, classes: int) -> dict[str, Any]:
+    """There is none, but not every form exists."""
+    assert isinstance(row, SwinConfig)
+    if len(set(row.windows)) > 1 or row.trained_windows is not None:
+        raise UserError(f"torchvision has no Swin of windows {row.windows} that was trained with others")
+    return {}
+
+
+def _build_torchvision(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
+    from torchvision.models import swin_transformer as theirs
+
+    assert isinstance(row, SwinConfig)
+    _torchvision_config(row, classes)
+    kinds: dict[str, Any] = {}
+    if row.version == 2:
+        kinds = {"block": theirs.SwinTransformerBlockV2, "downsample_layer": theirs.PatchMergingV2}
+    model = theirs.SwinTransformer(
+        patch_size=[row.patch_size, row.patch_size],
+        embed_dim=row.dim,
+        depths=list(row.depths),
+        num_heads=list(row.heads),
+        window_size=[row.windows[0], row.windows[0]],
+        mlp_ratio=row.mlp_ratio,
+        stochastic_depth_prob=row.drop_path,
+        num_classes=max(1, classes),
+        **kinds,
+    )
+    if not classes:
+        model.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def _call(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        dialect="timm",
+        family=SwinConfig.family,
+        recognises=lambda shapes, config: _recognises(shapes, TIMM) and not _recognises(shapes, ORIGINAL),
+        row=_timm_row,
+        classes=lambda shapes, config: _classes(shapes, TIMM),
+        rules=lambda row, classes: _rules(row, classes, TIMM),
+        stages=lambda row: _stages(row, 1, TIMM),
+        write_config=_timm_config,
+        ignored=IGNORED,
+        peer=Peer("timm", _build_timm, _call),
+        preprocessing=PreprocessingConfig(stride=32, crop=0.9),
+    ),
+    Format(
+        dialect="huggingface",
+        family=SwinConfig.family,
+        recognises=_hf_recognises,
+        row=_hf_row,
+        classes=lambda shapes, config: _classes(shapes, HUGGINGFACE),
+        rules=lambda row, classes: _rules(row, classes, HUGGINGFACE),
+        stages=lambda row: _stages(row, 1, HUGGINGFACE),
+        write_config=_hf_config,
+        ignored=(*IGNORED, "*embeddings.mask_token"),
+        peer=Peer("transformers", _build_hf, _hf_logits),
+        preprocessing=PreprocessingConfig(stride=32),
+    ),
+    Format(
+        dialect="torchvision",
+        family=SwinConfig.family,
+        recognises=lambda shapes, config: _recognises(shapes, TORCHVISION),
+        row=_torchvision_row,
+        classes=lambda shapes, config: _classes(shapes, TORCHVISION),
+        rules=lambda row, classes: _rules(row, classes, TORCHVISION),
+        stages=lambda row: _stages(row, 1, TORCHVISION),
+        write_config=_torchvision_config,
+        ignored=IGNORED,
+        peer=Peer("torchvision", _build_torchvision, _call),
+        preprocessing=PreprocessingConfig(stride=32, crop=0.96),
+    ),
+    Format(
+        dialect="original",
+        family=SwinConfig.family,
+        recognises=lambda shapes, config: _recognises(shapes, ORIGINAL),
+        row=_original_row,
+        classes=lambda shapes, config: _classes(shapes, ORIGINAL),
+        rules=lambda row, classes: _rules(row, classes, ORIGINAL),
+        stages=lambda row: [],
+        write_config=lambda row, classes: {},
+        ignored=IGNORED,
+        preprocessing=PreprocessingConfig(stride=32, crop=0.875),
+    ),
+)

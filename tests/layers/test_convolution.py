@@ -1,0 +1,124 @@
+"""Convolution and normalisation in one: against PyTorch's two layers, in every mode."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from saccade.layers.convolution import ConvNorm, FrozenBatchNorm, statistics_kept
+
+FORMS = {
+    "plain": {},
+    "pointwise": {"kernel": 1},
+    "bias": {"bias": True},
+    "strided": {"stride": 2},
+    "dilated": {"dilation": 2},
+    "grouped": {"groups": 4},
+    "activated": {"activation": torch.relu_},
+}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+scaled = pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+sizes = pytest.mark.parametrize("size", [(9, 13), (2, 1)], ids=["large", "small"])  # folded, and not
+
+
+def layer(form: dict, **more) -> ConvNorm:
+    torch.manual_seed(0)
+    made = ConvNorm(8, 12, **form, **more).double()
+    for name, value in made.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + (0.2 if name.endswith("var") else -0.4))
+        else:
+            value.fill_(5)
+    return made
+
+
+def by_hand(made: ConvNorm, x: Tensor, scale: Tensor | None) -> Tensor:
+    norm = made.norm
+    training = made.training and isinstance(norm, nn.BatchNorm2d)
+    x = F.batch_norm(made.conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, training, 0.1, norm.eps)
+    x = x if scale is None else x * scale[:, None, None]
+    return x if made.activation is None else made.activation(x)
+
+
+def outcome(made: ConvNorm, call, x: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+    """Output, statistics, and the gradient of all that goes in."""
+    inputs = {"x": x, **dict(made.named_parameters())} | ({} if scale is None else {"scale": scale})
+    y = call(made, x, scale)
+    loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    return {"y": y, **dict(made.named_buffers()), **dict(zip((f"d {name}" for name in inputs), gradients, strict=True))}
+
+
+@forms
+@scaled
+@sizes
+@pytest.mark.parametrize("mode", ["training", "evaluation", "frozen", "frozen training"])
+def test_equals_two_layers(form, scaled, size, mode):
+    """Measured: 1.5e-14."""
+    made = layer(form, frozen=mode.startswith("frozen")).train(mode.endswith("training"))
+    other = copy.deepcopy(made)
+    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(12, dtype=torch.float64, requires_grad=True) if scaled else None
+    got = outcome(made, lambda m, *inputs: m(*inputs), x, scale)
+    expected = outcome(other, by_hand, x, scale)
+    count = got.pop("norm.num_batches_tracked")
+    expected.pop("norm.num_batches_tracked")
+    assert count.item() == (6 if mode == "training" else 5)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_frozen_norm_has_the_names_of_batch_norm_and_nothing_to_train():
+    frozen = FrozenBatchNorm(3)
+    of_torch = nn.BatchNorm2d(3).state_dict()
+    assert {name: value.shape for name, value in frozen.state_dict().items()} == {
+        name: value.shape for name, value in of_torch.items()
+    }
+    assert not list(frozen.parameters())
+    frozen.load_state_dict(of_torch)
+
+
+def test_folding_is_for_maps_larger_than_the_weights():
+    """Counted by what the convolution gets: with a large map, a bias."""
+    seen = []
+    made = layer({}).eval()
+    made.conv.register_forward_hook(lambda *_: seen.append(True))
+    made(torch.randn(1, 8, 30, 30, dtype=torch.float64))
+    assert not seen
+    made(torch.randn(1, 8, 3, 3, dtype=torch.float64))
+    assert seen
+
+
+@scaled
+def test_statistics_count_a_batch_once_with_checkpointing(scaled):
+    made = layer({}).train()
+    other = copy.deepcopy(made)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64, requires_grad=True)
+    scale = torch.full((12,), 0.5, dtype=torch.float64, requires_grad=True) if scaled else None
+
+    def contexts():
+        return statistics_kept(nn.Sequential()), statistics_kept(made)
+
+    checkpoint(made, x, scale, use_reentrant=False, context_fn=contexts).sum().backward()
+    other(x, scale)
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert made.norm.momentum == 0.1
+
+
+def test_statistics_kept_ends_well_after_an_error():
+    norm = nn.BatchNorm2d(3)
+    with pytest.raises(RuntimeError), statistics_kept(norm):
+        norm(torch.randn(2, 3, 4, 4))
+        raise RuntimeError
+    assert norm.momentum == 0.1 and norm.num_batches_tracked == 0
+    fresh = nn.BatchNorm2d(3).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in norm.state_dict().items())
