@@ -146,10 +146,10 @@ def text(rows: Rows) -> str:
     return f"""# What attention costs
 
 This page is written by `python -m benchmarks.attention_cost` from `benchmarks/results/attention_cost.json`. One layer,
-batch 1, float32, {" and ".join(map(str, threads))} threads of an Intel Xeon (Sapphire Rapids), no GPU,
-torch {", ".join(torch_version)}; other programs kept {busy:.2f} cores busy meanwhile (median of all points). Attention
-layers include their projections. The forms are those of `saccade/layers/efficient_attention.py` in their default
-settings; a sequence of N tokens is a grid as square as possible.
+batch 1, float32, {" and ".join(map(str, threads))} threads of an Intel Xeon (Sapphire Rapids), no GPU, torch
+{", ".join(torch_version)}; other programs kept {busy:.2f} cores busy meanwhile (median of all points). Attention layers
+include their projections. The forms are those of `saccade/layers/efficient_attention.py` in their default settings; a
+sequence of N tokens is a grid as square as possible. RNN, LSTM, GRU and convolutions are torch's own layers.
 
 ![Time and memory against the number of tokens](images/attention-cost.png)
 
@@ -161,9 +161,11 @@ settings; a sequence of N tokens is a grid as square as possible.
 
 The exponent p says that the cost grows as N^p: the slope of a straight line through the logarithms of the last
 {FIT_POINTS["length"]} points measured, so mostly up to N = {longest:,}. Training is a forward and a backward pass,
-memory is of that, too. The exponent in width is of training at N = {LENGTH:,} and
-d = {", ".join(str(size) for size in _fitted_widths(rows))}; fixed costs weigh less as the width grows, and products of
-larger matrices use the processor better, so it stays below that of the operations.
+memory is of that, too. The exponent in width is of training at N = {LENGTH:,} and d =
+{", ".join(str(size) for size in _fitted_widths(rows))}. At these lengths tensors outgrow the caches, and from 32 MiB on
+the system hands them out anew in each step, page by page; so exponents of layers that are linear in theory lie above 1.
+
+{steps_of_recurrence(rows)}
 
 ![Time against the width](images/attention-cost-width.png)
 
@@ -182,12 +184,26 @@ The length from which the recurrent layer is faster than attention, at width {WI
 {crossings_table(rows)}
 
 By operations alone, recurrence (Nd²) is cheaper than attention (N²d) from N = d on, here {WIDTH}. Measured, the
-crossing is elsewhere because the N steps of recurrence wait for one another, while the products of attention run side by side.
+crossing is elsewhere because the N steps of recurrence wait for one another, while the products of attention run side
+by side.
 
 ## Not measured
 
 {skipped_list(rows)}
 """
+
+
+def steps_of_recurrence(rows: Rows) -> str:
+    """How long a token takes in a backward pass, near the ends of what was fitted."""
+    words = []
+    for layer in RECURRENT:
+        forward, train = (dict(line(rows, layer, mode, "length", "seconds")) for mode in ("forward", "train"))
+        sizes = sorted(forward.keys() & train.keys())
+        first, last = sizes[-1 - FIT_POINTS["length"]], sizes[-1]
+        costs = [_short(1e6 * (train[size] - forward[size]) / size) for size in (first, last)]
+        words.append(f"{THEORY[layer].label} {costs[0]} at N = {first:,} and {costs[1]} at N = {last:,}")
+    return f"""The backward pass of a recurrent layer takes, in microseconds a token: {"; ".join(words)}. Where this grows,
+so does the exponent above 1: it is a matter of torch's implementation, not of the operations."""
 
 
 def theory_table(rows: Rows) -> str:

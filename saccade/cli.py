@@ -389,7 +389,7 @@ def run_embed(options: argparse.Namespace) -> int:
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="weights: a hub name, a folder in the hub's layout, a file; or a run, a model file")
+    parser.add_argument("source", help="weights: a hub name, a folder in the hub's layout, a file; or a run of ours")
     parser.add_argument("out", help="a new .safetensors file; with --to timm or hf a new folder")
     parser.add_argument("--to", choices=["saccade", "timm", "hf"], default="saccade", help="for whom (default saccade)")
     parser.add_argument("--model", metavar="NAME", help="which model it is, where a bare file leaves that open")

@@ -134,6 +134,12 @@ class NetworkConfig(Config):
     mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] | None = Field(
         default=None, description="kind of feed-forward network"
     )
+    attention: (
+        Literal["full", "linear", "performer", "linformer", "nystrom", "lsh", "spatial_reduction", "window"] | None
+    ) = Field(default=None, description="form of attention of a ViT; docs/attention-cost.md compares them")
+    merge_tokens: int | None = Field(
+        default=None, ge=0, le=256, description="tokens of a ViT that join others in each block: faster (ToMe)"
+    )
 
 
 class LossConfig(Config):

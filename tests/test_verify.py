@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import saccade
 import saccade.verification as verification
-from saccade.backbones import build_backbone
+from saccade.backbones import backbone_row, build_backbone
 from saccade.backbones.base import Row
 from saccade.backbones.vit import ViTConfig
 from saccade.cli import main
@@ -530,6 +530,56 @@ def test_python(given: Callable[..., None]) -> None:
     assert saccade.verify("tiny", dtype="float32").agrees
     with pytest.raises(UserError, match="--dtype float16"):
         saccade.verify("tiny", dtype="float16")
+
+
+def save_reference(path: Path) -> Path:
+    """A tiny model of timm in the hub's layout."""
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **small)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    path.mkdir()
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": small}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_the_whole_way_with_a_real_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_reference(tmp_path / "tiny")
+    result = verification.verify(folder, image_size="32x48")
+    assert result.agrees and "agrees with timm" in result.verdict
+    assert result.facts["reference_weights"] == "those of the source"
+    from timm.layers import Mlp
+
+    whole = Mlp.forward
+    monkeypatch.setattr(Mlp, "forward", lambda self, x: whole(self, x) * (1 + 1e-6))
+    result = verification.verify(folder)
+    assert result.comparisons["float32"].agrees and first(result) == "block 0"
+
+
+def test_weights_of_a_dialect_without_reference_and_of_our_own(tmp_path: Path) -> None:
+    """They are written in a dialect that has one."""
+    from saccade.weights.convert import import_weights
+    from saccade.weights.model_file import save_model
+    from saccade.weights.source import open_weights
+
+    found = import_weights(open_weights(save_reference(tmp_path / "tiny")))
+    names = tuple("abcde")
+    save_model(tmp_path / "ours.safetensors", found.weights, replace(found.card(), task="classify", class_names=names))
+    result = verification.verify(tmp_path / "ours.safetensors", dtype="float64")
+    assert result.agrees and result.facts["reference_weights"] == "written from ours"
+    row = backbone_row("cct_nano")
+    backbone = build_backbone(row)
+    card = replace(found.card(), task="embed", model="cct_nano", architecture=row.to_dict(), class_names=())
+    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    save_model(tmp_path / "cct.safetensors", weights, card)
+    with pytest.raises(UserError, match="no reference code is known for such a model"):
+        verification.verify(tmp_path / "cct.safetensors")
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:

@@ -108,4 +108,4 @@ class Backbone(nn.Module, ABC):
         if torch.compiler.is_compiling() or not isinstance(layer, nn.Module):  # a compiler takes no contexts
             return checkpoint(layer, *inputs, use_reentrant=False)
         again = partial(statistics_kept, layer)
-        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **options)
+        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))

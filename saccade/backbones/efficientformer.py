@@ -192,7 +192,7 @@ class EfficientFormer(Backbone):
             x = self.run(block, x, grid)
         x = self.norm(x)
         maps[-1] = x.transpose(1, 2).unflatten(2, grid)
-        return Features(tuple(maps), self.strides, x.mean(dim=1))
+        return Features(tuple(maps), self.strides, maps[-1].mean(dim=(2, 3)))
 
     def _blocks(self, stage: int, kind: type[nn.Module]) -> list[nn.Module]:
         blocks = self.stages[stage]

@@ -202,9 +202,9 @@ class SwinBlock(nn.Module):
             h = self.norm1(x) if self.norm_first else x
             h = self.attention(h, bias, windows.mask(start, end))
             h = h if self.norm_first else self.norm1(h)
-            x = x + (h if shares is None else h * shares[0, start:end])
+            x = x + h if shares is None else torch.addcmul(x, h, shares[0, start:end])
             h = self._feed(x)
-            return x + (h if shares is None else h * shares[1, start:end])
+            return x + h if shares is None else torch.addcmul(x, h, shares[1, start:end])
 
         return Tokens(piecewise(whole, x, self._pieces(windows, x)).flatten(0, 1), windows)
 
@@ -224,9 +224,9 @@ class SwinBlock(nn.Module):
         h = Tokens(h.flatten(0, 1), windows).arranged(plain).x.view(plain.windows, plain.length, -1)
         x = x.view_as(h)  # (B, h w, C)
         shares = self._shares(plain, x)
-        x = x + (h if shares is None else h * shares[0])
+        x = x + h if shares is None else torch.addcmul(x, h, shares[0])
         h = self._feed(x)
-        return Tokens((x + (h if shares is None else h * shares[1])).flatten(0, 1), plain)
+        return Tokens((x + h if shares is None else torch.addcmul(x, h, shares[1])).flatten(0, 1), plain)
 
     def windows(self, batch: int, grid: Pair, device: torch.device) -> Layout:
         down, right = (0 if self.unshifted == "axis" and size <= self.window else self.shift for size in grid)
@@ -269,10 +269,11 @@ class SwinBlock(nn.Module):
             return layout.kinds()
         widest = layout.length * self.mlp.up.out_features * x.element_size()
         size = max(1, CACHE // widest)
+        size = -(-layout.windows // -(-layout.windows // size))  # pieces of about one size
         return [(start, min(start + size, layout.windows)) for start in range(0, layout.windows, size)]
 
 
-CACHE = 2**21  # bytes: the widest tensor of a piece of work stays below this, where a single window does
+CACHE = 2**23  # bytes: the widest tensor of a piece of work stays below this, where a single window does
 
 
 def piecewise(work: Callable[[Tensor, int, int], Tensor], x: Tensor, pieces: list[Pair]) -> Tensor:

@@ -21,13 +21,17 @@ from saccade.backbones.base import Backbone, Row
 from saccade.backbones.features import AttentionTrace, Features
 from saccade.config import NetworkConfig
 from saccade.errors import UserError
-from saccade.layers.encoder import EncoderBlock
+from saccade.layers.efficient_attention import ATTENTION
+from saccade.layers.encoder import EncoderBlock, Rotary
+from saccade.layers.mixing import Layout
 from saccade.layers.patches import ConvStem, PatchEmbed
 from saccade.layers.pooling import AttentionPooling
 from saccade.layers.positions import LearnedPositions, resize_positions, rotary_2d, sinusoidal_2d
+from saccade.layers.token_merging import Merged
 
 CLASS_TOKENS = {"token": 1, "distilled": 2, "token_mean": 1}  # that a pool reads
-WRITTEN_ONLY = {"resize", "norm_eps", "class_position"}  # differ between sources of one and the same model
+# differ between sources and uses of one and the same model
+WRITTEN_ONLY = {"resize", "norm_eps", "class_position", "merge_tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class ViTConfig(Row):
     key_bias: bool = True
     pre_norm: bool = False  # a norm before the first block, and patches without bias
     norm_eps: float = 1e-6
+    attention: str = "full"  # a name of `layers.efficient_attention.ATTENTION`
+    merge_tokens: int = 0  # tokens that join others in each block
     drop_path: float = 0.0
     dropout: float = 0.0
 
@@ -89,6 +95,10 @@ class ViTConfig(Row):
             raise UserError("network.position: rotary needs a head width that is a multiple of 4")
         if row.norm_pooled and row.pool in ("distilled", "token_mean"):
             raise UserError(f"network.pool: {row.pool} needs normed tokens, and this model norms what is pooled")
+        if row.position == "rotary" and not ATTENTION[row.attention].takes_rotary:
+            raise UserError(f"network.attention: {row.attention} takes no rotary positions; choose --network.position")
+        if row.merge_tokens and row.attention != "full":
+            raise UserError(f"network.merge_tokens: only with full attention, not with {row.attention}")
         return row
 
     def _form(self) -> dict[str, Any]:
@@ -162,8 +172,8 @@ VIT = {
         base=_dinov3(BASE),
         large=_dinov3(LARGE),
         huge_plus=_dinov3(replace(_plain(1280, 32, 20), mlp="swiglu")),
-        **{"7b": replace(_dinov3(_plain(4096, 40, 32)), hidden=8192, mlp="swiglu", qkv_bias=False, key_bias=True)},
     ),
+    "dinov3_7b": replace(_dinov3(_plain(4096, 40, 32)), hidden=8192, mlp="swiglu", qkv_bias=False, key_bias=True),
     **_sizes(
         "siglip",
         base=_siglip(BASE),
@@ -240,6 +250,8 @@ class ViT(Backbone):
                 layer_scale=c.layer_scale,
                 drop_path=rate,
                 dropout=c.dropout,
+                attention=c.attention,
+                layout=Layout((c.side, c.side), self.prefix),
             )
             for rate in rates
         )
@@ -303,20 +315,37 @@ class ViT(Backbone):
         """The attention weights of every block and of the pooling."""
         x, grid = self.embed(images)
         rotary = self.rotary(grid, x.device, x.dtype)
-        weights = []
+        weights, merged, count = [], Merged.none_of(x), self.config.merge_tokens
         for block in self.blocks:
             assert isinstance(block, EncoderBlock)
-            x, block_weights = block.with_weights(x, rotary=rotary)
+            if count:
+                more = {"count": count, "prefix": self.prefix, "rotary": rotary}
+                x, merged, block_weights = block.merging_with_weights(x, merged, **more)
+            else:
+                x, block_weights = block.with_weights(x, rotary=rotary, layout=Layout(grid, self.prefix))
             weights.append(block_weights)
+        x = merged.unmerge(x) if count else x
         return AttentionTrace(tuple(weights), self._shares(self._norm_tokens(x)), self.prefix, grid)
 
     def _encode(self, images: Tensor, last_queries: int | None = None) -> tuple[Tensor, tuple[int, int]]:
         x, grid = self.embed(images)
         rotary = self.rotary(grid, x.device, x.dtype)
+        if self.config.merge_tokens:
+            return self._encode_merging(x, rotary, last_queries), grid
+        layout = Layout(grid, self.prefix)
         for i, block in enumerate(self.blocks):
             queries = last_queries if i == len(self.blocks) - 1 else None
-            x = self.run(partial(block, queries=queries, rotary=rotary), x)
+            x = self.run(partial(block, queries=queries, rotary=rotary, layout=layout), x)
         return x, grid
+
+    def _encode_merging(self, x: Tensor, rotary: Rotary | None, last_queries: int | None) -> Tensor:
+        """Through the blocks with ever fewer tokens; at the end each original token has the one that it went into."""
+        merged, settings = Merged.none_of(x), {"count": self.config.merge_tokens, "prefix": self.prefix}
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, EncoderBlock)
+            queries = last_queries if i == len(self.blocks) - 1 else None
+            x, merged = self.run(partial(block.merging, queries=queries, rotary=rotary, **settings), x, merged)
+        return x if last_queries is not None else merged.unmerge(x)
 
     def _norm_tokens(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         return x if self.config.norm_pooled else self.norm(x)

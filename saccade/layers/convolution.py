@@ -56,6 +56,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         padding = dilation * (kernel - 1) // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=bias)
+        self.conv.to(memory_format=torch.channels_last)  # as the maps are, or each call would copy the weights
         self.norm = FrozenBatchNorm(out_channels) if frozen else nn.BatchNorm2d(out_channels)
         self.activation = activation
 
@@ -72,14 +73,15 @@ class ConvNorm(nn.Module):
     def _normalise_as_known(self, x: Tensor, scale: Tensor | None) -> Tensor:
         conv, norm = self.conv, self.norm
         assert norm.running_mean is not None and norm.running_var is not None
+        B, _, H, W = x.shape
+        places = B * H * W // (conv.stride[0] * conv.stride[1])
+        if conv.weight[0].numel() > places:
+            weight, bias = _scaled(norm, scale)
+            return F.batch_norm(conv(x), norm.running_mean, norm.running_var, weight, bias, eps=norm.eps)
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * factor
         if scale is not None:
             factor, shift = factor * scale, shift * scale
-        B, _, H, W = x.shape
-        places = B * H * W // (conv.stride[0] * conv.stride[1])
-        if conv.weight[0].numel() > places:
-            return torch.addcmul(shift[:, None, None], conv(x), factor[:, None, None])
         bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, factor)
         weight = conv.weight * factor[:, None, None, None]
         return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -90,8 +92,12 @@ def _normalise_batch(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None) -> T
         return norm(x)
     assert norm.momentum is not None and norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
-    weight, bias = norm.weight * scale, norm.bias * scale
+    weight, bias = _scaled(norm, scale)
     return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, True, norm.momentum, norm.eps)
+
+
+def _scaled(norm: nn.BatchNorm2d | FrozenBatchNorm, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (norm.weight, norm.bias) if scale is None else (norm.weight * scale, norm.bias * scale)
 
 
 @contextmanager

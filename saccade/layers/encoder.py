@@ -6,8 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saccade.layers.attention import MultiHeadAttention
+from saccade.layers.attention import attention as attend
+from saccade.layers.attention import attention_with_weights
+from saccade.layers.efficient_attention import ATTENTION
 from saccade.layers.feedforward import feed_forward
+from saccade.layers.mixing import Layout
+from saccade.layers.token_merging import Merged, attention_by_size, log_sizes, match
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -48,10 +52,12 @@ class EncoderBlock(nn.Module):
         layer_scale: float | None = None,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        attention: str = "full",
+        layout: Layout | None = None,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attention = MultiHeadAttention(dim, heads, qkv_bias=qkv_bias, key_bias=key_bias)
+        self.attention = ATTENTION[attention](dim, heads, layout=layout, qkv_bias=qkv_bias, key_bias=key_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = feed_forward(mlp, dim, hidden, dropout=dropout)
         self.scale1 = None if layer_scale is None else LayerScale(dim, layer_scale)
@@ -60,26 +66,68 @@ class EncoderBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(
-        self, x: Float[Tensor, "B N C"], *, queries: int | None = None, rotary: Rotary | None = None
+        self,
+        x: Float[Tensor, "B N C"],
+        *,
+        queries: int | None = None,
+        rotary: Rotary | None = None,
+        layout: Layout | None = None,
     ) -> Float[Tensor, "B Q C"]:
-        """All tokens attend to all. With `queries`, only the first so many are computed; they still see every token."""
-        if self.norm_first:
-            h = self.norm1(x)
-            first = x if queries is None else x[:, :queries]
-            if queries is None:
-                mixed = self.attention(h, rotary=rotary)
-            else:
-                mixed = self.attention(h[:, :queries], h, rotary=rotary)
-            x = first + self._branch(mixed, self.scale1)
-            return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
+        """All tokens attend to all. With `queries`, only the first so many are computed; they still see every token.
+
+        Forms of attention that need to know where tokens lie are told by `layout`.
+        """
+        h = self.norm1(x) if self.norm_first else x
+        if queries is None:
+            mixed = self.attention(h, rotary=rotary, layout=layout)
+        elif self.attention.independent_queries:
+            mixed = self.attention(h[:, :queries], h, rotary=rotary, layout=layout)
+        else:
+            mixed = self.attention(h, rotary=rotary, layout=layout)[:, :queries]
         first = x if queries is None else x[:, :queries]
-        mixed = self.attention(first, None if queries is None else x, rotary=rotary)
-        x = self.norm1(first + self._branch(mixed, self.scale1))
+        x = first + self._branch(mixed, self.scale1)
+        if self.norm_first:
+            return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
+        x = self.norm1(x)
         return self.norm2(x + self._branch(self.mlp(x), self.scale2))
 
-    def with_weights(self, x: Float[Tensor, "B N C"], *, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    def merging(
+        self,
+        x: Float[Tensor, "B M C"],
+        merged: Merged,
+        *,
+        count: int,
+        prefix: int,
+        queries: int | None = None,
+        rotary: Rotary | None = None,
+    ) -> tuple[Float[Tensor, "B L C"], Merged]:
+        """`forward` of a pre-norm block with full attention, where `count` tokens join others before the MLP."""
+        q, k, v = self.attention.project(self.norm1(x), None, None if rotary is None else merged.rotary(rotary))
+        q = q if queries is None else q[:, :, :queries]
+        mixed = attention_by_size(q, k, v, merged.sizes) if merged.started else attend(q, k, v)
+        mixed = self.attention.out(mixed.transpose(1, 2).flatten(2))
+        x = (x if queries is None else x[:, :queries]) + self._branch(mixed, self.scale1)
+        if queries is None:
+            x, merged = merged.step(x, match(k.mean(dim=1), count, prefix))
+        return x + self._branch(self.mlp(self.norm2(x)), self.scale2), merged
+
+    def merging_with_weights(
+        self, x: Float[Tensor, "B M C"], merged: Merged, *, count: int, prefix: int, rotary: Rotary | None = None
+    ) -> tuple[Tensor, Merged, Tensor]:
+        """`merging` by the explicit path; also returns the weights between original tokens (B, H, N, N)."""
+        q, k, v = self.attention.project(self.norm1(x), None, None if rotary is None else merged.rotary(rotary))
+        mixed, weights = attention_with_weights(q, k, v, bias=log_sizes(merged.sizes, q.dtype))
+        x = x + self._branch(self.attention.out(mixed.transpose(1, 2).flatten(2)), self.scale1)
+        spread = merged.spread(weights)
+        x, merged = merged.step(x, match(k.mean(dim=1), count, prefix))
+        return x + self._branch(self.mlp(self.norm2(x)), self.scale2), merged, spread
+
+    def with_weights(
+        self, x: Float[Tensor, "B N C"], *, rotary: Rotary | None = None, layout: Layout | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`forward` by the explicit path; also returns the attention weights (B, H, N, N)."""
-        mixed, weights = self.attention.with_weights(self.norm1(x) if self.norm_first else x, rotary=rotary)
+        h = self.norm1(x) if self.norm_first else x
+        mixed, weights = self.attention.with_weights(h, rotary=rotary, layout=layout)
         x = x + self._branch(mixed, self.scale1)
         if self.norm_first:
             return x + self._branch(self.mlp(self.norm2(x)), self.scale2), weights

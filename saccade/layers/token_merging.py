@@ -13,7 +13,7 @@ The prefix (class token, registers) is never merged and stays in front.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -47,18 +47,17 @@ def match(metric: Float[Tensor, "B N D"], count: int, prefix: int = 0) -> Matchi
     """
     B, N, _ = metric.shape
     count = max(0, min(count, (N - prefix) // 2))
-    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first of each after the prefix
-    metric = F.normalize(metric[:, prefix:], dim=-1)
-    a, b = metric[:, even - prefix :: 2], metric[:, odd - prefix :: 2]
+    index = torch.arange(N, device=metric.device)
     if count == 0:
-        everything = torch.arange(N, device=metric.device).expand(B, -1)
+        everything = index.expand(B, -1)
         return Matching(everything, everything[:, :0], everything[:, :0])
-    nearness, partner = (a @ b.transpose(1, 2)).max(dim=-1)  # (B, A)
+    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first of each after the prefix
+    metric = F.normalize(metric, dim=-1)
+    nearness, partner = (metric[:, even::2] @ metric[:, odd::2].transpose(1, 2)).max(dim=-1)  # (B, A)
     order = nearness.argsort(dim=-1, descending=True)
     gone, left = order[:, :count], order[:, count:].sort(dim=-1).values
-    front, of_odd = (torch.arange(n, device=metric.device).expand(B, -1) for n in (prefix, b.shape[1]))
-    stays = torch.cat((front, left * 2 + even, of_odd * 2 + odd), dim=1)
-    return Matching(stays, gone * 2 + even, partner.gather(1, gone) + prefix + left.shape[1])
+    stays = torch.cat((index[:prefix].expand(B, -1), left * 2 + even, index[odd::2].expand(B, -1)), dim=1)
+    return Matching(stays, gone * 2 + even, partner.gather(1, gone) + (prefix + left.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,11 @@ class Merged:
         """Tokens that become one are averaged by their sizes."""
         if matching.gone.shape[1] == 0:
             return x, self
-        stays, gone, into = matching.stays, matching.gone, matching.into
-        joining = self.sizes.gather(1, gone)
-        staying = self.sizes.gather(1, stays)
-        sizes = staying.scatter_add(1, into, joining)
-        x = merge_rows(x, matching, staying / sizes, joining / sizes.gather(1, into))
-        return x, type(self)(sizes, matching.place().gather(1, self.origin), self.anchor.gather(1, stays))
+        place = matching.place()
+        sizes = self.sizes.gather(1, matching.stays)
+        sizes = sizes.scatter_add(1, matching.into, self.sizes.gather(1, matching.gone))
+        x = merge_rows(x, matching, place, self.sizes / sizes.gather(1, place))
+        return x, type(self)(sizes, place.gather(1, self.origin), self.anchor.gather(1, matching.stays))
 
     def unmerge(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B N C"]:
         """Each original token gets the value of the one that it is in: for dense maps."""
@@ -113,32 +111,59 @@ class Merged:
 
 
 def merge_rows(
-    x: Float[Tensor, "B N C"],
-    matching: Matching,
-    staying: Float[Tensor, "B M"],
-    joining: Float[Tensor, "B R"],
+    x: Float[Tensor, "B N C"], matching: Matching, place: Int[Tensor, "B N"], share: Float[Tensor, "B N"]
 ) -> Float[Tensor, "B M C"]:
-    """Sums of the tokens that become one, weighted by `staying` and `joining`."""
-    B, N, C = x.shape
-    M = matching.stays.shape[1]
-    flat = x.flatten(0, 1)
-    merged = flat.index_select(0, _flat(matching.stays, N)) * staying.to(x.dtype).reshape(-1, 1)
-    added = flat.index_select(0, _flat(matching.gone, N)) * joining.to(x.dtype).reshape(-1, 1)
-    return merged.index_add_(0, _flat(matching.into, M), added).view(B, M, C)
+    """Sums of the tokens that become one, each times its share. No gradient goes to the shares."""
+    M, N = matching.stays.shape[1], x.shape[1]
+    stays, gone = _flat(matching.stays, N), _flat(matching.gone, N)
+    into, place = _flat(matching.into, M), _flat(place, M)
+    merged = _MergeRows.apply(x.flatten(0, 1), share.to(x.dtype).reshape(-1, 1), stays, gone, into, place)
+    return merged.unflatten(0, (-1, M))
+
+
+class _MergeRows(torch.autograd.Function):
+    """Each row goes to one place, so the gradient is a gather; autograd's own sums into rows, twice as slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Tensor, stays: Tensor, gone: Tensor, into: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(share, place)
+        merged = x.index_select(0, stays).mul_(share.index_select(0, stays))
+        return merged.index_add_(0, into, x.index_select(0, gone).mul_(share.index_select(0, gone)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        share, place = ctx.saved_tensors
+        return gradients[0].index_select(0, place).mul_(share), None, None, None, None, None
 
 
 def attention_by_size(
-    q: Float[Tensor, "B H N D"],
-    k: Float[Tensor, "B H M D"],
-    v: Float[Tensor, "B H M E"],
-    sizes: Float[Tensor, "B M"],
+    q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H M D"], v: Float[Tensor, "B H M E"], sizes: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B H N E"]:
-    """Proportional attention: a key that stands for s tokens counts s times."""
-    return attention(q, k, v, bias=sizes.log()[:, None, None].to(q.dtype))
+    """Proportional attention: a key that stands for s tokens counts s times, by log s on its scores."""
+    bias = log_sizes(sizes, q.dtype)  # one row for all queries and heads: the fused kernel adds it almost for nothing
+    learns = torch.is_grad_enabled() and q.requires_grad
+    if learns and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return _attention_by_products(q, k, v, bias)
+    return attention(q, k, v, bias=bias)
+
+
+def log_sizes(sizes: Float[Tensor, "B M"], dtype: torch.dtype) -> Float[Tensor, "B 1 1 M"]:
+    """What proportional attention adds to the scores of the keys."""
+    return sizes.log()[:, None, None].to(dtype)
+
+
+def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Float[Tensor, "B 1 1 M"]) -> Tensor:
+    """As in `saccade.layers.attention`, where the fused backward pass is slow; with a bias of the keys."""
+    H, scale = q.shape[1], q.shape[-1] ** -0.5
+    per_head = bias.expand(-1, H, -1, -1).flatten(0, 1)  # (B H, 1, M)
+    scores = torch.baddbmm(per_head, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).unflatten(0, (-1, H))
 
 
 def _flat(index: Int[Tensor, "B M"], rows: int) -> Int[Tensor, " BM"]:
     """Of rows of each sample to rows of all samples in a line."""
+    if len(index) == 1:
+        return index[0]
     return (index + torch.arange(len(index), device=index.device)[:, None] * rows).flatten()
 
 

@@ -106,14 +106,12 @@ def plain_layout(batch: int, grid: Pair, device: torch.device) -> Layout:
 
 @torch.compiler.disable
 @lru_cache(maxsize=256)
-def window_layout(
-    batch: int, grid: Pair, window: int, shift: Pair, *, pad_first: bool, device: torch.device
-) -> Layout:
+def window_layout(batch: int, grid: Pair, window: int, shift: Pair, *, pad_first: bool, device: torch.device) -> Layout:
     """Windows one after the other, those with the same mask together; each for all pictures, then the next one.
 
     Where the grid is no multiple of the window, zeros are appended, before the shift or after it.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):  # also while a model without memory is counted
         axes = [_axis(n, window, s, pad_first) for n, s in zip(grid, shift, strict=True)]
         (rows, row_zone), (columns, column_zone) = axes
         tokens = rows[:, None] * grid[1] + columns
@@ -271,7 +269,7 @@ def offsets(window: int, device: torch.device) -> Int[Tensor, "N N"]:
 @torch.compiler.disable
 @lru_cache(maxsize=32)
 def log_offsets(window: int, unit: int, device: torch.device) -> Float[Tensor, "O 2"]:
-    """Every offset inside a window as sign * log2(1 + 8 |offset| / unit) / 3; in float32, as trained weights know it."""
+    """Every offset in a window as sign * log2(1 + 8 |offset| / unit) / 3; in float32, as trained weights know it."""
     with torch.inference_mode(False):
         steps = torch.arange(1 - window, window, dtype=torch.float32) / unit * 8
         steps = steps.sign() * torch.log2(steps.abs() + 1.0) / 3.0

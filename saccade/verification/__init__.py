@@ -54,6 +54,7 @@ class Subject:
     theirs: Mapping[str, Tensor]
     preprocessing: PreprocessingConfig
     written: bool = False  # `theirs` were written from ours, because the source's own dialect has no reference code
+    notes: tuple[str, ...] = ()  # what was assumed and left aside when the source was read
 
     @property
     def rules(self) -> list[Rule]:
@@ -200,6 +201,7 @@ def open_subject(source: str, model: str | None = None, branch: str | None = Non
         theirs,
         found.preprocessing,
         written is not None,
+        (*raw.notes, *found.notes),
     )
 
 
@@ -210,7 +212,8 @@ def _write_for_reference(row: Row, classes: int, ours: State) -> tuple[Format, d
             try:
                 form.write_config(row, classes)
                 return form, write_state(ours, form.rules(row, classes))
-            except UserError:
+            # a row that this dialect has no words for
+            except (UserError, KeyError, ValueError, AssertionError, NotImplementedError):
                 continue
     return None
 
@@ -267,6 +270,7 @@ def describe(subject: Subject, pictures: Pictures, versions: Mapping[str, Any]) 
         "architecture": subject.row.to_dict(),
         "classes": subject.classes,
         "mode": "eval",
+        "notes": list(subject.notes),
         "versions": {**versions, "saccade": __version__, "torch": torch.__version__},
         "weights": {"sha256": hash_tensors(subject.theirs), "tensors": len(subject.theirs)},
         "pictures": {

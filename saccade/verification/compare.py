@@ -33,7 +33,9 @@ class Tolerance:
     gradients: float
 
 
-TOLERANCES = {"float32": Tolerance(1e-4, 1e-4, 1e-3), "float64": Tolerance(1e-9, 1e-9, 1e-8)}
+# In float32 a ReLU or a maximum may choose another side, which moves a gradient by more than rounding does: measured
+# 7.2e-3 in a ResNet-50, 5e-6 in a Swin. It is float64 that tells an error in gradients from that.
+TOLERANCES = {"float32": Tolerance(1e-4, 1e-4, 3e-2), "float64": Tolerance(1e-9, 1e-9, 1e-8)}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 

@@ -88,6 +88,8 @@ class Verification:
             f"{self.facts['mode']} mode, {pictures['count']} pictures of {pictures['height']} x {pictures['width']} "
             f"({pictures['origin']})",
         )
+        for note in self.facts["notes"]:
+            say(console, f"  {note}")
         dtypes = list(self.comparisons)
         rows = [
             (gaps[0].name, dict(zip(dtypes, gaps, strict=True)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
@@ -21,10 +22,13 @@ from saccade.weights.descriptions import write_preprocessor, write_pretrained_cf
 from saccade.weights.formats import FORMATS
 from saccade.weights.formats.table import Format, write_state
 from saccade.weights.load import is_ours, load_weights
-from saccade.weights.model_file import ModelCard, check_weights, save_model, sync_folder
+from saccade.weights.model_file import ModelCard, check_weights, read_metadata, save_model, sync_folder
 from saccade.weights.source import open_weights
 
 DIALECTS = {"timm": "timm", "hf": "huggingface"}  # as the command calls them
+# Model types of transformers that demand a mask token, and its dimensions. It serves training without labels, so ours
+# have none; zeros are what it begins with there.
+MASK_TOKENS = {"dinov2": 2, "dinov2_with_registers": 2, "dinov3_vit": 3}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def convert(
     """
     out = Path(out)
     _check_out(out, to)
-    if is_ours(Path(source)):
+    if _is_ours(Path(source)):
         if model is not None or branch is not None:
             raise UserError(f"{source}: a model of saccade, which says what it is; leave --model and --branch out")
         loaded = load_weights(source)
@@ -114,6 +118,12 @@ def convert(
         provenance=card.provenance,
         notes=tuple(notes),
     )
+
+
+def _is_ours(path: Path) -> bool:
+    """A file that cannot be read at all is left to `open_weights`, which says more about what it may be."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    return is_ours(path) and (not file.is_file() or read_metadata(file) is not None)
 
 
 def _check_out(out: Path, to: str) -> None:
@@ -154,6 +164,7 @@ def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str,
             f"{where or card.model}: {form.name} has no model of this form ({row.about}): {error}; "
             "only forms that the other library has can be written for it"
         ) from None
+    theirs |= _mask_token(theirs, config)
     files = {
         "model.safetensors": serialise(theirs, {"format": "pt"}),
         "config.json": _json(_described(config, card, dialect)),
@@ -162,6 +173,15 @@ def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str,
     if dialect == "huggingface":
         files["preprocessor_config.json"] = _json(write_preprocessor(card.preprocessing))
     return files
+
+
+def _mask_token(theirs: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    dimensions = MASK_TOKENS.get(str(config.get("model_type")))
+    beside = next((name for name in theirs if name.endswith("embeddings.cls_token")), None)
+    if dimensions is None or beside is None:
+        return {}
+    width = theirs[beside].shape[-1]
+    return {beside.replace("cls_token", "mask_token"): torch.zeros((1,) * (dimensions - 1) + (width,))}
 
 
 def _writer(family: str, dialect: str, where: str) -> Format:

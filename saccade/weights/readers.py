@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,7 +159,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             return {name: _to_tensor(path, name, arrays[name]) for name in arrays.files}
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zipfile.zlib.error) as e:
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path}: truncated or damaged ({e}); get or copy it anew") from None
 
 

@@ -41,11 +41,11 @@ def recognise(where: str, shapes: Shapes, config: Mapping[str, Any]) -> Format:
     if form is None or share < LIKE:
         shown = ", ".join(list(shapes)[:4]) or "nothing"
         raise UserError(f"{where}: weights of an unknown family ({shown}, ...).{says} Known are: {known}")
-    lacks = _examples("lacking", expected - names)
-    over = _examples("and left over", names - expected)
+    reasons = [*_examples("lacking", expected - names), *_examples("left over", names - expected)]
+    why = "; ".join(reasons) or "the names fit, but not the shapes or what config.json says"
     raise UserError(
-        f"{where}: looks most like {form.name} ({share:.0%} of the names), but is none that can be read:"
-        f"{lacks}{over}.{says} Known are: {known}"
+        f"{where}: looks most like {form.name} ({share:.0%} of the names), but is none that can be read: "
+        f"{why}.{says} Known are: {known}"
     )
 
 
@@ -72,5 +72,5 @@ def _expected() -> list[tuple[Format, set[str]]]:
     return expected
 
 
-def _examples(what: str, names: set[str]) -> str:
-    return f" {what} {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
+def _examples(what: str, names: set[str]) -> list[str]:
+    return [f"{what} {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''}"] if names else []

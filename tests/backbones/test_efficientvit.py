@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from saccade.backbones.efficientvit import (
     EFFICIENTVIT,
+    ConvNormHardswish,
     EfficientViT,
     EfficientViTBlock,
     EfficientViTConfig,
@@ -90,9 +93,10 @@ def test_the_memory_format_of_pictures_and_recording_gradients_do_not_matter():
 
 
 def test_maps_are_not_changed_by_what_comes_after():
-    model, kept = tiny().eval(), {}
-    for name, block in zip(range(99), model.layers, strict=False):
-        block.register_forward_hook(lambda _module, _inputs, output, name=name: kept.update({name: output.clone()}))
+    model = tiny().eval()
+    kept: list[Tensor] = []
+    for block in model.layers:
+        block.register_forward_hook(lambda _module, _inputs, output: kept.append(output.clone()))
     with torch.no_grad():
         features = model(torch.randn(1, 3, 64, 64))
     ends = [sum(len(list(stage.children())) for stage in model.stages[: i + 1]) - 1 for i in range(4)]
@@ -108,29 +112,45 @@ def attention_by_rows(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
 
 def test_linear_attention_is_attention_with_relu():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 8, 30, dtype=torch.float64).unbind(0)
-    expected = attention_by_rows(q, k, v, 1e-5)
-    assert (linear_attention(q, k, v, eps=1e-5) - expected).abs().max() < 1e-13
-    q[0, 0, :, 3] = -1.0  # a query that nothing answers
-    found = linear_attention(q.requires_grad_(), k, v, eps=1e-15)
+    qkv = torch.randn(2, 4, 3, 8, 30, dtype=torch.float64)
+    qk, v = qkv[:, :, :2], qkv[:, :, 2]
+    expected = attention_by_rows(qk[:, :, 0], qk[:, :, 1], v, 1e-5)
+    assert (linear_attention(qk, v, eps=1e-5) - expected).abs().max() < 1e-13
+    qk[0, 0, 0, :, 3] = -1.0  # a query that nothing answers
+    found = linear_attention(qk.requires_grad_(), v, eps=1e-15)
     assert found[0, 0, :, 3].abs().max() == 0 and found.isfinite().all()
-    (gradient,) = torch.autograd.grad(found.square().sum(), q)
+    (gradient,) = torch.autograd.grad(found.square().sum(), qk)
     assert gradient.isfinite().all()
 
 
 def test_linear_attention_keeps_float32_in_half_precision():
     """The divisor of 4,096 tokens is far over the largest number of float16."""
     torch.manual_seed(0)
-    q, k, v = (10 * torch.randn(3, 1, 2, 16, 4096)).unbind(0)
-    halves = q.half(), k.half(), v.half()
-    expected = linear_attention(*(half.float() for half in halves), eps=1e-5)
-    found = linear_attention(*halves, eps=1e-5)
+    qkv = 10 * torch.randn(1, 2, 3, 16, 4096)
+    halves = qkv.half()
+    expected = linear_attention(halves.float()[:, :, :2], halves.float()[:, :, 2], eps=1e-5)
+    found = linear_attention(halves[:, :, :2], halves[:, :, 2], eps=1e-5)
     assert found.dtype == torch.float16 and found.isfinite().all()
     torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(linear_attention(q, k, v, eps=1e-5), linear_attention(q, k, v, eps=1e-5).float())
-        found = linear_attention(q, k, v, eps=1e-5)
-    assert torch.equal(found, linear_attention(q, k, v, eps=1e-5))
+        found = linear_attention(qkv[:, :, :2], qkv[:, :, 2], eps=1e-5)
+    assert torch.equal(found, linear_attention(qkv[:, :, :2], qkv[:, :, 2], eps=1e-5))
+
+
+def test_the_norm_with_hardswish_is_the_two_one_after_the_other():
+    torch.manual_seed(0)
+    layer = ConvNormHardswish(3, 6, 3, 2).double().train()
+    nn.init.normal_(layer.norm.weight, mean=2.0)
+    nn.init.normal_(layer.norm.bias)
+    apart = copy.deepcopy(layer)
+    x = torch.randn(4, 3, 9, 7, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module, y in ((layer, layer(x)), (apart, F.hardswish(apart.norm(apart.conv(x))))):
+        wanted = [x, *module.parameters()]
+        results.append([y, *torch.autograd.grad(y.sin().sum(), wanted), *module.buffers()])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert gradcheck(layer, x[:, :, :4, :4])
 
 
 def test_trains_under_autocast():

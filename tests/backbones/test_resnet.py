@@ -82,6 +82,13 @@ def test_gradient_reaches_every_parameter(config):
         assert gradient.isfinite().all() and gradient.abs().max() > 1e-7, name
 
 
+def test_summary_is_made_of_the_last_map():
+    """So that gradients of a prediction with respect to the map explain it."""
+    features = tiny(TINY).eval()(torch.randn(2, 3, 64, 96))
+    (gradient,) = torch.autograd.grad(features.summary.sum(), features.maps[-1])
+    assert (gradient - 1 / 6).abs().max() <= 1e-6  # 2 x 3 places
+
+
 @options
 def test_activation_checkpointing_changes_nothing(config):
     """Neither gradients nor statistics, bitwise, with stochastic depth: the second pass draws what the first drew."""

@@ -77,7 +77,7 @@ def test_every_row_has_the_shapes_it_promises(name):
     with torch.device("meta"):
         model = Classifier(Swin(row), 1000)
     assert row.stride == 32 and row.image_size % row.stride == 0
-    assert all(dim % heads == 0 and dim // heads == 32 for dim, heads in zip(model.backbone.channels, row.heads, strict=True))
+    assert model.backbone.channels == tuple(32 * heads for heads in row.heads)
     assert all(row.built_grid(s) % window == 0 for s, window in enumerate(row.windows))
     if name in PUBLISHED:
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == PUBLISHED[name]
@@ -240,9 +240,7 @@ def test_biases_kept_in_evaluation_follow_the_weights(config):
         fresh.load_state_dict(model.state_dict())
         assert torch.equal(fresh.summary(images), after)
         assert torch.equal(copy.deepcopy(model).summary(images), after)
-        assert torch.equal(model.double().summary(images.double()).float(), after) or gap(
-            model.summary(images.double()).float(), after
-        ) <= 1e-5  # measured 5.0e-7
+        assert gap(model.double().summary(images.double()).float(), after) <= 1e-5  # measured 5.0e-7
     with torch.inference_mode():
         made_inside = Swin(config).eval()
         made_inside.load_state_dict(fresh.state_dict())

@@ -90,7 +90,7 @@ def test_there_and_back(grid, window, shift, pad_first):
 @cases
 @ways
 def test_masks_part_what_the_shift_brought_together(grid, window, shift, pad_first):
-    """Two tokens of a window see each other if neither axis wrapped around between them, as the slices of the paper say."""
+    """Two tokens of a window see each other if neither axis wrapped around between them: the slices of the paper."""
     layout = window_layout(2, grid, window, shift, pad_first=pad_first, device=CPU)
     padded = [math.ceil(n / window) * window for n in grid]
     zone = torch.zeros(1, *padded, 1)

@@ -93,8 +93,8 @@ def agree(
 ) -> Gap:
     """Convert, then compare logits, loss and the gradient of every parameter; the gaps are returned and printed.
 
-    `ours` is a Classifier, or an Embedder or Backbone, whose summary then is compared; `logits` calls theirs. Without `targets` the
-    loss is a fixed random projection, which sees every channel.
+    `ours` is a Classifier, or an Embedder or Backbone, whose summary then is compared; `logits` calls theirs. Without
+    `targets` the loss is a fixed random projection, which sees every channel.
     """
     limit = tol or LIMITS[dtype]
     convert(ours, theirs, rules, dtype, ignored)

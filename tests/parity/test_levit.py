@@ -22,15 +22,32 @@ from compare import Gap, agree, convert, randomise, round_trip, stages_agree, wr
 CLASSES = 7
 COUNTS = ("*.num_batches_tracked",)  # which older files lack
 TINY = LeViTConfig(dims=(16, 24, 32), depths=(1, 2, 1), heads=(2, 2, 3), key_dim=8, image_size=96)
-# Measured: float32 logits 2.4e-6, gradients 1.9e-3; float64 2.7e-15 and 3.8e-12. The gradients of the last queries and
-# biases are a thousand times smaller than the terms that they sum, in so small a network: there float32 ends.
-LIMITS = {torch.float32: Gap(1e-4, 1e-4, 1e-2), torch.float64: Gap(1e-12, 1e-12, 1e-10)}
+# Measured, full size included: float32 logits 1.1e-6, gradients 1.3e-3; float64 1.6e-15 and 3.9e-12. The gradients of the
+# last queries and biases are a thousand times smaller than the terms that they sum: there float32 ends.
+LIMITS = {torch.float32: Gap(1e-5, 1e-5, 5e-3), torch.float64: Gap(1e-12, 1e-12, 1e-10)}
 
 
 def pair(row: LeViTConfig = TINY, classes: int = CLASSES) -> tuple[Classifier, nn.Module]:
     assert TIMM.peer is not None
     torch.manual_seed(0)
-    return Classifier(LeViT(row), classes), randomise(TIMM.peer.build(row, classes, {}))
+    return Classifier(LeViT(row), classes), settled(randomise(TIMM.peer.build(row, classes, {})), row.image_size)
+
+
+def settled(model: nn.Module, size: int) -> nn.Module:
+    """With variances of the size of its own activations: with any others they grow from block to block.
+
+    The square of the mean is added, because a channel that hardly varies would otherwise make rounding large.
+    """
+    inner = [module for name, module in model.named_modules() if not name.startswith("head")]
+    norms = [module for module in inner if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, size, size))
+    for norm in norms:
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_var += norm.running_mean**2 + 0.1
+    return model
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -62,7 +79,7 @@ def test_full_size_is_timms(name):
     row = LEVIT[name]
     ours, theirs = pair(row, 1000)
     for dtype in LIMITS:
-        agree(ours, theirs, TIMM.rules(row, 1000), *batch(224), logits=logits, dtype=dtype)
+        agree(ours, theirs, TIMM.rules(row, 1000), *batch(224), logits=logits, dtype=dtype, tol=LIMITS[dtype])
     assert shapes_of(theirs) == shapes_of(timm.create_model(name))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compare import Gap, agree, convert, randomise, round_trip, stages_agree, wrong_keys_are_refused
+from compare import agree, convert, randomise, round_trip, stages_agree, wrong_keys_are_refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from saccade.backbones.vit import VIT, ViT, ViTConfig
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
 from saccade.models.embedder import Embedder
+from saccade.weights.formats.reference import FileNamed
 from saccade.weights.formats.table import Format, read_state, write_state
 from saccade.weights.formats.vit import FORMATS
 from saccade.weights.formats.vit_huggingface import HUGGINGFACE, HUGGINGFACE_OTHERWISE
@@ -115,7 +116,11 @@ def picture(*size: int, count: int = 2) -> Tensor:
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_logits_loss_and_gradients(case, size, dtype):
-    """The second size is no square, larger one way and smaller the other than what positions are made for."""
+    """The second size is no square, larger one way and smaller the other than what positions are made for.
+
+    Measured in float32: logits 2.1e-6, loss 8.3e-7, gradients 6.2e-6 of each one's largest; in float64: 2.1e-15,
+    8.9e-16 and 2.4e-15.
+    """
     if case.format.dialect == "torchvision" and size != (16, 16):
         pytest.skip("torchvision takes the one size alone")
     assert case.format.peer is not None
@@ -129,15 +134,12 @@ def test_logits_loss_and_gradients(case, size, dtype):
         logits=case.format.peer.logits,
         dtype=dtype,
         ignored=case.format.ignored,
-        tol=LIMITS[dtype],
     )
-
-
-LIMITS = {torch.float32: Gap(1e-4, 1e-4, 1e-3), torch.float64: Gap(1e-9, 1e-9, 1e-8)}
 
 
 @cases
 def test_every_stage(case):
+    """Measured: 4.0e-15."""
     assert case.format.peer is not None
     ours, theirs = both(case)
     convert(ours, theirs, case.format.rules(case.row, case.classes), torch.float64, case.format.ignored)
@@ -240,7 +242,7 @@ def test_timm_builds_from_our_config(case):
     images = picture(16, 16).float()
     with torch.no_grad():
         # the two heads of DeiT share the mean of their biases afterwards
-        assert (built(images) - theirs(images)).abs().max() <= 1e-5  # measured 1.2e-7, and 0 for all others
+        assert (built(images) - theirs(images)).abs().max() <= 1e-5  # measured 6.0e-8, and 0 for all others
 
 
 @pytest.mark.parametrize("case", HF_CASES.values(), ids=HF_CASES.keys())
@@ -258,11 +260,11 @@ def test_transformers_loads_our_folder(case, tmp_path):
     built, info = getattr(transformers, config["architectures"][0]).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert all("mask_token" in name or name.startswith("pooler.") for name in info["missing_keys"])
-    theirs.inner = built.eval()
+    assert isinstance(theirs, FileNamed)
     images = picture(16, 16).float()
     with torch.no_grad():
         expected = ours(images).logits if case.classes else ours(images).embedding
-        assert (theirs.answer(built, images) - expected).abs().max() <= 1e-4  # measured 1.4e-6
+        assert (theirs.answer(built.eval(), images) - expected).abs().max() <= 1e-4  # measured 2.0e-6
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
@@ -274,7 +276,7 @@ def test_the_image_tower_of_a_model_of_pictures_and_texts(name):
     config = getattr(transformers, name.replace("Model", "Config"))(
         vision_config={**tower, "image_size": 16, "patch_size": 4}, text_config=text, projection_dim=24
     )
-    theirs = randomise(getattr(transformers, name)(config)).eval()
+    theirs: Any = randomise(getattr(transformers, name)(config)).eval()
     state, described = theirs.state_dict(), json.loads(config.to_json_string(use_diff=True))
     assert [each for each in FORMATS if each.recognises(shapes_of(state), described)] == [HUGGINGFACE]
     row = HUGGINGFACE.row(shapes_of(state), described)
@@ -334,7 +336,8 @@ def test_original_files(name, tmp_path):
     in_timm = replace(row, class_position=row.class_position and not row.registers)
     theirs: Any = TIMM.peer.build(in_timm, classes, {}) if TIMM.peer else None
     if format is NPZ:
-        np.savez(tmp_path / "vit.npz", **{key: value.numpy() for key, value in state.items()})
+        arrays: dict[str, Any] = {key: value.numpy() for key, value in state.items()}
+        np.savez(tmp_path / "vit.npz", **arrays)
         theirs.load_pretrained(str(tmp_path / "vit.npz"))
     else:
         reader = {DEIT3: deit.checkpoint_filter_fn, DINOV3: eva.checkpoint_filter_fn}.get(
@@ -345,7 +348,7 @@ def test_original_files(name, tmp_path):
     images = picture(16, 16).float()
     with torch.no_grad():
         got = ours(images).logits if classes else ours(images).embedding
-        assert (theirs.eval()(images) - got).abs().max() <= 1e-4  # measured 2.1e-6
+        assert (theirs.eval()(images) - got).abs().max() <= 1e-4  # measured 1.3e-6
 
 
 @originals
@@ -384,6 +387,8 @@ def test_blocks_saved_in_four_parts():
     ("format", "row", "classes", "what"),
     [
         (TIMM, VIT["cct_nano"], 5, "pools by sequence"),
+        (TIMM, replace(TINY, stem=(8, 16)), 5, "no place elsewhere"),
+        (HUGGINGFACE, replace(TINY, attention="linear"), 5, "no place elsewhere"),
         (TIMM, replace(TINY, pool="token_mean"), 5, "pools by token_mean"),
         (TIMM, replace(TINY, position="rotary"), 5, "a bias of keys"),
         (TIMM, replace(TINY, position="sinusoidal"), 5, "sinusoidal positions"),
@@ -412,7 +417,7 @@ def test_clips_projection_is_timms_classifier():
     theirs.load_state_dict(state, strict=True)
     with torch.no_grad():
         gap = theirs.eval()(picture(16, 16).float()) - ours(picture(16, 16).float()).embedding
-    assert gap.abs().max() <= 1e-4  # measured 4.8e-7
+    assert gap.abs().max() <= 1e-4  # measured 4.2e-7
 
 
 # --- in full size ----------------------------------------------------------------------------------------------------
@@ -443,18 +448,19 @@ FULL: dict[str, tuple[Format, str, int, dict[str, Any]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", FULL)
 def test_full_size(name, dtype):
-    """On the grid that the positions are made for where that is small, else on one that is no square."""
+    """On a grid that is no square, and not the one that the positions are made for, but with torchvision.
+
+    Measured in float32: logits 4.1e-6, loss 9.5e-7, gradients 8.6e-6 of each one's largest; in float64: 7.3e-15,
+    1.8e-15 and 9.7e-15.
+    """
     format, ours, classes, changes = FULL[name]
     row = replace(VIT[ours], **changes)
     case = Case(format, row, classes)
     network, theirs = both(case)
     assert format.peer is not None
     side = row.image_size
-    size = (side, side) if (side // row.stride) ** 2 <= 256 else (6 * row.stride, 10 * row.stride)
+    size = (side, side) if format is TORCHVISION else (6 * row.stride, 10 * row.stride)
     targets = torch.tensor([3]) if classes else None
     rules = format.rules(row, classes)
     images = picture(*size, count=1)
     agree(network, theirs, rules, images, targets, logits=format.peer.logits, dtype=dtype, ignored=format.ignored)
-    if format is not TORCHVISION and dtype == torch.float32:
-        other = picture(5 * row.stride, 9 * row.stride, count=1)
-        agree(network, theirs, rules, other, targets, logits=format.peer.logits, ignored=format.ignored)

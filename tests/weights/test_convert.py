@@ -429,6 +429,8 @@ def test_faults_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     source = folder_of(tmp_path / "hub", raw())
     weights = folder_of(tmp_path / "large", raw())
     (weights / "preprocessor_config.json").write_text("{")
+    pointer = folder_of(tmp_path / "clone", raw())
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     ours = tmp_path / "ours.safetensors"
     convert(source, ours)
     for arguments, part in (
@@ -440,6 +442,7 @@ def test_faults_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([weights, tmp_path / "out.safetensors"], "not valid JSON"),
         ([source, tmp_path / "hub" / "config.json" / "out.safetensors"], "cannot be made"),
         ([ours, tmp_path / "out.safetensors", "--model=vit_micro"], "leave --model and --branch out"),
+        ([pointer, tmp_path / "out.safetensors"], "git lfs pull"),
         ([source], "required: out"),
     ):
         assert main(["convert", *map(str, arguments)]) == 2

@@ -55,9 +55,9 @@ def _head(count: int) -> list[Rule]:
         Rule(
             "head.bias",
             biases,
-            lambda *parts: sum(parts[1:], parts[0]) / count,
+            lambda *parts: torch.stack(parts).sum(dim=0) / count,
             lambda whole: (whole,) * count,
-            gradient=lambda *parts: sum(parts[1:], parts[0]),
+            gradient=lambda *parts: torch.stack(parts).sum(dim=0),
         ),
     ]
 

@@ -219,7 +219,7 @@ def huggingface_rules(row: Row, classes: int, *, flipped: bool = False) -> list[
     row = replace(row, class_position=True)
     kind = kind_of(row)
     if classes and kind in ("dinov3_vit", "clip_vision_model", "siglip_vision_model"):
-        raise UserError(f"transformers has no classifier on the summary of {kind}: write it without the head")
+        raise UserError(f"transformers has no classifier on the summary of {kind}; it is read and written without")
     rules = vit_rules(row, classes, names_of(row, classes, flipped=flipped))
     if classes and row.pool == "token" and kind.startswith("dinov2"):
         rules = [_of_token_alone(rule) if rule.ours == "head.weight" else rule for rule in rules]

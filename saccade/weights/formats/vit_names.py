@@ -51,10 +51,8 @@ class Names:
 
 def vit_rules(row: ViTConfig, classes: int, names: Names) -> list[Rule]:
     """Every tensor of a plain ViT."""
-    if row.stem or row.pool == "sequence":
-        raise UserError(
-            "a convolutional stem or sequence pooling is saccade's own; no other library has a place for it"
-        )
+    if row.stem or row.pool == "sequence" or row.attention != "full":
+        raise UserError("a convolutional stem, sequence pooling or another attention than full has no place elsewhere")
     p = names.prefix
     patches = ("weight",) if row.pre_norm else ("weight", "bias")
     rules = module("backbone.patches.projection", p + names.patches, *patches)
@@ -231,9 +229,7 @@ def _uneven(ours: str, queries: str, keys_values: str) -> Rule:
 def _head_rules(row: ViTConfig, names: Names) -> list[Rule]:
     if row.pool != "distilled":
         return module("head", names.head[0])
-    if len(names.head) < 2:
-        _needed("", "a head on the distillation token")
-    one, two = names.head
+    one, two = names.head[0], _needed("".join(names.head[1:]), "a head on the distillation token")
     # the mean of two linear maps is one of both vectors, with half of the weights; exact, and so is its reverse
     weight = Rule(
         "head.weight",
