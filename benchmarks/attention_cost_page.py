@@ -202,7 +202,7 @@ def steps_of_recurrence(rows: Rows) -> str:
         first, last = sizes[-1 - FIT_POINTS["length"]], sizes[-1]
         costs = [_short(1e6 * (train[size] - forward[size]) / size) for size in (first, last)]
         words.append(f"{THEORY[layer].label} {costs[0]} at N = {first:,} and {costs[1]} at N = {last:,}")
-    return f"""The backward pass of a recurrent layer takes, in microseconds a token: {"; ".join(words)}. Where this grows,
+    return f"""The backward pass of a recurrent layer takes, in µs a token: {"; ".join(words)}. Where this grows,
 so does the exponent above 1: it is a matter of torch's implementation, not of the operations."""
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saccade.backbones import BACKBONES, build_backbone, name_of, row_from_dict
+from saccade.backbones import BACKBONES, build_backbone, row_from_dict
 from saccade.backbones.base import Row
 from saccade.config import RunConfig, closest
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
 from saccade.models.embedder import Embedder
+from saccade.weights.convert import import_weights
 from saccade.weights.model_file import ModelCard, check_weights, find_model, load_model_file, read_metadata
+from saccade.weights.source import open_weights
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 PREFIX = "backbone."
 
 
@@ -34,35 +34,23 @@ class Loaded:
 
 def load_weights(source: str | Path) -> Loaded:
     """From a run folder or model file of saccade, or weights in another dialect: a hub name, a folder, a file."""
-    refuse_absent(str(source))
-    if is_ours(Path(source)):
-        path = find_model(source)
+    path = Path(source)
+    if is_ours(path):
+        path = find_model(path)
         weights, card = load_model_file(path)
         return Loaded(weights, row_from_dict(card.architecture, str(path)), card, str(path), [])
-    from saccade.weights.convert import import_weights
-    from saccade.weights.source import open_weights
-
+    refuse_absent(path)
     raw = open_weights(str(source))
     found = import_weights(raw)
-    card = ModelCard(
-        task="classify" if found.class_names else "embed",
-        model=name_of(found.row),
-        architecture=found.row.to_dict(),
-        class_names=found.class_names,
-        preprocessing=found.preprocessing,
-        licence=found.licence,
-        provenance=found.provenance,
-    )
-    return Loaded(found.weights, found.row, card, str(source), [*raw.notes, *found.notes])
+    return Loaded(found.weights, found.row, found.card(), str(source), [*raw.notes, *found.notes])
 
 
-def refuse_absent(source: str) -> None:
-    """A path that leads nowhere, and is no name on a hub either, is a UserError."""
-    path = Path(source)
-    if path.exists() or (HUB_NAME.fullmatch(source) and not path.parent.exists()):
-        return
-    near = closest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-    raise UserError(f"{source}: no such file, run folder or name on a hub (owner/name){near}")
+def refuse_absent(path: Path) -> None:
+    """A path into a folder that exists is meant as a path, though it may look like a name on the hub."""
+    folder = path.parent
+    if not path.exists() and folder != Path() and folder.is_dir():
+        near = closest(path.name, [each.name for each in folder.iterdir()])
+        raise UserError(f"{path}: no such file or folder{near}")
 
 
 def is_ours(path: Path) -> bool:

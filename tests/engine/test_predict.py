@@ -67,7 +67,7 @@ def test_load_takes_a_file_and_a_run_folder(model_file, model):
 
 
 def test_load_refuses_what_is_no_model(tmp_path):
-    with pytest.raises(UserError, match="no such file, run folder or name on a hub"):
+    with pytest.raises(UserError, match="no such file or folder"):
         saccade.load(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="holds no model.safetensors"):
         saccade.load(str(tmp_path))

@@ -22,7 +22,7 @@ from compare import Gap, agree, convert, randomise, round_trip, stages_agree, wr
 CLASSES = 7
 COUNTS = ("*.num_batches_tracked",)  # which older files lack
 TINY = LeViTConfig(dims=(16, 24, 32), depths=(1, 2, 1), heads=(2, 2, 3), key_dim=8, image_size=96)
-# Measured, full size included: float32 logits 1.1e-6, gradients 1.3e-3; float64 1.6e-15 and 3.9e-12. The gradients of the
+# Measured, full size included: float32 logits 1.1e-6, gradients 1.3e-3; float64 1.6e-15 and 3.9e-12. Gradients of the
 # last queries and biases are a thousand times smaller than the terms that they sum: there float32 ends.
 LIMITS = {torch.float32: Gap(1e-5, 1e-5, 5e-3), torch.float64: Gap(1e-12, 1e-12, 1e-10)}
 

@@ -345,5 +345,5 @@ def test_damaged_file_to_start_from(
 
 
 def test_file_to_start_from_that_is_not_there(start: Callable[..., RunConfig]) -> None:
-    with pytest.raises(UserError, match="nowhere: no such file, run folder or name"):
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
         initial_network(start(weights="nowhere"), CARD.class_names)
