@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def write(page: Path, rows: Rows) -> list[Path]:
     pictures = [images / "attention-cost.png", images / "attention-cost-width.png"]
     draw(rows, pictures[0], "length", [("forward", "seconds"), ("train", "seconds"), ("train", "peak_mib")])
     draw(rows, pictures[1], "width", [("forward", "seconds"), ("train", "seconds")])
-    page.write_text(text(rows), encoding="utf-8")
+    page.write_text(wrapped(text(rows)), encoding="utf-8")
     return [page, *pictures]
 
 
@@ -191,6 +192,18 @@ by side.
 
 {skipped_list(rows)}
 """
+
+
+def wrapped(page: str) -> str:
+    """Paragraphs of prose in lines of 120, whatever the figures in them are long."""
+    parts = [part.strip("\n") for part in page.split("\n\n")]
+    return (
+        "\n\n".join(
+            part if part.startswith(("#", "|", "-", "!")) else textwrap.fill(part, 120, break_on_hyphens=False)
+            for part in parts
+        )
+        + "\n"
+    )
 
 
 def steps_of_recurrence(rows: Rows) -> str:

@@ -78,21 +78,22 @@ def render_models(name: str | None = None) -> None:
     from saccade.weights.published import PUBLISHED
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)  # a pipe has no width; in a narrow terminal the forms are cut
     table = Table(box=None, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for column in ("parameters", "GFLOPs", "pixels", "stride"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("form", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True)
     models = [m for m in list_models() if name in (None, m.name)]
+    table.add_column("model", no_wrap=True, min_width=max(len(m.name) for m in models))
+    for column in ("parameters", "GFLOPs", "pixels", "stride", "weights"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    table.add_column("form", no_wrap=True, overflow="ellipsis")
     for m in models:
         size = f"{m.parameters / 1e6:.1f} M"
         weights = str(len(PUBLISHED.get(m.name, ())) or "")
-        table.add_row(m.name, size, f"{m.gflops:.2f}", f"{m.image_size}", f"{m.stride}", m.about, weights)
+        table.add_row(m.name, size, f"{m.gflops:.2f}", f"{m.image_size}", f"{m.stride}", weights, m.about)
     console.print(table)
     if name is None:
         print(
-            "\nWith a head of 1000 classes, at the resolution shown; any other size and shape works too (--image-size).\n"
+            "\nWith a head of 1000 classes, at the resolution shown; other sizes and shapes work too (--image-size).\n"
             "weights: how many published ones are known to fit; `saccade models NAME` names them."
         )
         return

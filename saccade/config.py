@@ -137,6 +137,9 @@ class NetworkConfig(Config):
     attention: (
         Literal["full", "linear", "performer", "linformer", "nystrom", "lsh", "spatial_reduction", "window"] | None
     ) = Field(default=None, description="form of attention of a ViT; docs/attention-cost.md compares them")
+    frozen_norm: bool | None = Field(
+        default=None, description="batch normalisation of a ResNet keeps its statistics and weights, as detectors need"
+    )
     merge_tokens: int | None = Field(
         default=None, ge=0, le=256, description="tokens of a ViT that join others in each block: faster (ToMe)"
     )

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from saccade.api import evaluate, train
+from saccade.backbones.vit import ViT
 from saccade.drawing import position_similarity
 from saccade.engine.predict import Model
 from saccade.errors import UserError
@@ -34,6 +35,7 @@ def demo(out: str, *, minutes: float = 1.5, seed: int = 0) -> dict[str, Any]:
     chosen = [files[i] for i in np.random.default_rng(seed).permutation(len(files))[:24]]
     predictions = model.predict(chosen, attention=True)
     sheet = contact_sheet(predictions, folder / "predictions.png", [file.parent.name for file in chosen])
+    assert isinstance(model.network.backbone, ViT)
     positions = model.network.backbone.positions
     assert positions is not None
     drawn = position_similarity(

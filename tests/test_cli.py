@@ -205,7 +205,7 @@ def test_resume_of_nothing(run: Callable[..., Any], pictures: Path) -> None:
 def test_weights_that_are_not_there(run: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "modell").mkdir()
     code, _, err = run("train", pictures, "--weights", "model", "--steps=1")
-    assert code == 2 and "--weights model: no such file or run folder; did you mean modell" in err
+    assert code == 2 and "model: no such file or folder; did you mean modell" in err
     (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04" + b"0" * 100)
     code, _, err = run("train", pictures, "--weights=weights.pt", "--steps=1")
     assert code == 2 and "a pickle" in err

@@ -21,8 +21,7 @@ from saccade.config import NetworkConfig
 from saccade.errors import UserError
 from saccade.layers.convolution import statistics_kept
 
-
-ONLY_TRAINING = {"image_size", "drop_path", "dropout"}  # fields of rows that change no weights' meaning
+ONLY_TRAINING = {"image_size", "drop_path", "dropout", "frozen_norm"}  # fields of rows that change no weights' meaning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ class Backbone(nn.Module, ABC):
         """
 
     def adapt(self, weights: dict[str, Tensor], row: Row) -> list[str]:
-        """Fit weights of a backbone `row` in place to this one, where only the resolution differs; says what was done."""
+        """Fit weights of a backbone `row` to this one in place, where only the resolution differs; says what it did."""
         return []
 
     def trace(self, images: Float[Tensor, "B 3 H W"]) -> AttentionTrace | None:

@@ -109,7 +109,7 @@ def _plain(dim: int, depth: int, heads: int, patch_size: int = 16) -> ViTConfig:
     return ViTConfig(dim=dim, depth=depth, heads=heads, hidden=4 * dim, patch_size=patch_size)
 
 
-def _sizes(prefix: str, suffix: str = "", **sizes: ViTConfig) -> dict[str, ViTConfig]:
+def _sizes(prefix: str, sizes: dict[str, ViTConfig], suffix: str = "") -> dict[str, ViTConfig]:
     return {f"{prefix}_{size}{suffix}": row for size, row in sizes.items()}
 
 
@@ -145,42 +145,78 @@ def _clip(row: ViTConfig, patch_size: int, projection: int) -> ViTConfig:
 
 VIT = {
     "vit_micro": ViTConfig(dim=128, depth=6, heads=4, hidden=512, patch_size=4, image_size=32, drop_path=0.05),
-    **_sizes("vit", tiny=TINY, small=SMALL, base=BASE, large=LARGE, huge=HUGE, giant=GIANT),
-    "vit_small_8": replace(SMALL, patch_size=8),
-    "vit_base_8": replace(BASE, patch_size=8),
-    "vit_small_32": replace(SMALL, patch_size=32),
-    "vit_base_32": replace(BASE, patch_size=32),
-    "vit_large_32": replace(LARGE, patch_size=32),
-    **_sizes("deit", tiny=_deit(TINY), small=_deit(SMALL), base=_deit(BASE)),
     **_sizes(
-        "deit3", small=_deit3(SMALL), medium=_deit3(MEDIUM), base=_deit3(BASE), large=_deit3(LARGE), huge=_deit3(HUGE)
+        "vit",
+        {
+            "tiny": TINY,
+            "small": SMALL,
+            "base": BASE,
+            "large": LARGE,
+            "huge": HUGE,
+            "giant": GIANT,
+            "small_8": replace(SMALL, patch_size=8),
+            "base_8": replace(BASE, patch_size=8),
+            "small_32": replace(SMALL, patch_size=32),
+            "base_32": replace(BASE, patch_size=32),
+            "large_32": replace(LARGE, patch_size=32),
+        },
     ),
-    **_sizes("dino", small=SMALL, base=BASE, small_8=replace(SMALL, patch_size=8), base_8=replace(BASE, patch_size=8)),
-    **_sizes("dinov2", small=_dinov2(SMALL), base=_dinov2(BASE), large=_dinov2(LARGE), giant=_dinov2(GIANT_2)),
+    **_sizes("deit", {"tiny": _deit(TINY), "small": _deit(SMALL), "base": _deit(BASE)}),
+    **_sizes(
+        "deit3",
+        {
+            "small": _deit3(SMALL),
+            "medium": _deit3(MEDIUM),
+            "base": _deit3(BASE),
+            "large": _deit3(LARGE),
+            "huge": _deit3(HUGE),
+        },
+    ),
+    **_sizes(
+        "dino",
+        {
+            "small": SMALL,
+            "base": BASE,
+            "small_8": replace(SMALL, patch_size=8),
+            "base_8": replace(BASE, patch_size=8),
+        },
+    ),
     **_sizes(
         "dinov2",
+        {"small": _dinov2(SMALL), "base": _dinov2(BASE), "large": _dinov2(LARGE), "giant": _dinov2(GIANT_2)},
+    ),
+    **_sizes(
+        "dinov2",
+        {
+            "small": _dinov2(SMALL, 4),
+            "base": _dinov2(BASE, 4),
+            "large": _dinov2(LARGE, 4),
+            "giant": _dinov2(GIANT_2, 4),
+        },
         "_registers",
-        small=_dinov2(SMALL, 4),
-        base=_dinov2(BASE, 4),
-        large=_dinov2(LARGE, 4),
-        giant=_dinov2(GIANT_2, 4),
     ),
     **_sizes(
         "dinov3",
-        small=_dinov3(SMALL),
-        small_plus=_dinov3(replace(SMALL, mlp="swiglu")),
-        base=_dinov3(BASE),
-        large=_dinov3(LARGE),
-        huge_plus=_dinov3(replace(_plain(1280, 32, 20), mlp="swiglu")),
+        {
+            "small": _dinov3(SMALL),
+            "small_plus": _dinov3(replace(SMALL, mlp="swiglu")),
+            "base": _dinov3(BASE),
+            "large": _dinov3(LARGE),
+            "huge_plus": _dinov3(replace(_plain(1280, 32, 20), mlp="swiglu")),
+            "7b": replace(_dinov3(_plain(4096, 40, 32)), hidden=8192, mlp="swiglu", qkv_bias=False, key_bias=True),
+        },
     ),
-    "dinov3_7b": replace(_dinov3(_plain(4096, 40, 32)), hidden=8192, mlp="swiglu", qkv_bias=False, key_bias=True),
     **_sizes(
         "siglip",
-        base=_siglip(BASE),
-        large=_siglip(LARGE, 256),
-        so400m=replace(_siglip(_plain(1152, 27, 16, patch_size=14)), hidden=4304),
+        {
+            "base": _siglip(BASE),
+            "large": _siglip(LARGE, 256),
+            "so400m": replace(_siglip(_plain(1152, 27, 16, patch_size=14)), hidden=4304),
+        },
     ),
-    **_sizes("clip", base_32=_clip(BASE, 32, 512), base_16=_clip(BASE, 16, 512), large_14=_clip(LARGE, 14, 768)),
+    **_sizes(
+        "clip", {"base_32": _clip(BASE, 32, 512), "base_16": _clip(BASE, 16, 512), "large_14": _clip(LARGE, 14, 768)}
+    ),
     "cct_nano": ViTConfig(
         dim=192,
         depth=4,

@@ -44,8 +44,8 @@ def build_optimizers(model: Classifier, config: OptimizerConfig) -> list[torch.o
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices and kernels: not for biases, norms, scales, tokens and positions."""
-    return parameter.ndim > 1 and not name.endswith(("class_token", "registers", "positions.table"))
+    """Weight decay is for matrices and kernels: not for biases, norms, scales, tokens and tables of positions."""
+    return parameter.ndim > 1 and not name.endswith(("class_token", "registers", "table", "logit_scale"))
 
 
 def _groups(by_setting: dict[tuple[float, float], list[nn.Parameter]]) -> list[dict[str, Any]]:

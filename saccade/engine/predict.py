@@ -85,7 +85,7 @@ class Model:
     ) -> Iterator[Classification]:
         """As `predict`, one after the other while it goes; what is wrong with unreadable ones is added to `failed`."""
         if not isinstance(self.network, Classifier):
-            raise UserError(f"{self.card.model}: has no classes; get vectors with `saccade embed`, or train a head on it")
+            raise UserError(f"{self.card.model}: has no classes; `saccade embed` gives vectors, or train a head on it")
         places = list_inputs(inputs)
         for start in range(0, len(places), batch_size * READ_AHEAD):
             part = places[start : start + batch_size * READ_AHEAD]

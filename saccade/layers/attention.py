@@ -144,7 +144,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def rotate(x: Float[Tensor, "B H N D"], rotary: tuple[Tensor, Tensor]) -> Float[Tensor, "B H N D"]:
-    """Turn each pair (x_i, x_{i + D/2}) by its token's angle; `rotary` is (cos, sin), each (>= N, D), or (B, 1, N, D)."""
+    """Turn each pair (x_i, x_{i + D/2}) by its angle; `rotary` is (cos, sin), each (>= N, D) or (B, 1, N, D)."""
     cos, sin = (table[..., : x.shape[2], :].to(x.dtype) for table in rotary)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

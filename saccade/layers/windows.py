@@ -10,9 +10,10 @@ one gather. All else in a block looks at single tokens or inside one window, so 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -90,12 +91,19 @@ class Tokens(NamedTuple):
         return self.x.view(-1, B, length, self.x.shape[-1]).mean(dim=(0, 2))
 
 
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def kept(function: Callable[P, T]) -> Callable[P, T]:
+    """Results are made once for each set of arguments, outside of what is compiled."""
+    return cast(Callable[P, T], torch.compiler.disable(lru_cache(maxsize=256)(function)))
+
+
 # Orders and routes are the same for every batch of one shape, so they are made once. They must never be inference
 # tensors, which could not be used in training later; nor may a compiler's stand-ins get into the cache.
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=64)
+@kept
 def plain_layout(batch: int, grid: Pair, device: torch.device) -> Layout:
     """Row by row, picture by picture."""
     with torch.inference_mode(False):
@@ -104,8 +112,7 @@ def plain_layout(batch: int, grid: Pair, device: torch.device) -> Layout:
         return Layout(batch, grid, length, tokens, tokens, counts=(batch,))
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=256)
+@kept
 def window_layout(batch: int, grid: Pair, window: int, shift: Pair, *, pad_first: bool, device: torch.device) -> Layout:
     """Windows one after the other, those with the same mask together; each for all pictures, then the next one.
 
@@ -168,8 +175,7 @@ class Route:
     empty_back: Tensor | None
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=256)
+@kept
 def route(old: Layout, new: Layout) -> Route:
     with torch.inference_mode(False):
         there = old.slot_of[new.token_of.clamp(min=0)]
@@ -177,8 +183,7 @@ def route(old: Layout, new: Layout) -> Route:
         return Route(there, new.padding, back, old.padding)
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=64)
+@kept
 def merge_route(old: Layout, new: Layout) -> Route:
     """To groups of 2x2 neighbours, down the columns first, in the order of a grid of half the size."""
     with torch.inference_mode(False):
@@ -254,8 +259,7 @@ class ContinuousBias(nn.Module):
         return F.embedding(offsets(self.window, table.device), table).permute(2, 0, 1).contiguous()
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=32)
+@kept
 def offsets(window: int, device: torch.device) -> Int[Tensor, "N N"]:
     """For each pair of places of a window, the number of their offset."""
     with torch.inference_mode(False):
@@ -266,8 +270,7 @@ def offsets(window: int, device: torch.device) -> Int[Tensor, "N N"]:
         return (down * (2 * window - 1) + right).to(device)
 
 
-@torch.compiler.disable
-@lru_cache(maxsize=32)
+@kept
 def log_offsets(window: int, unit: int, device: torch.device) -> Float[Tensor, "O 2"]:
     """Every offset in a window as sign * log2(1 + 8 |offset| / unit) / 3; in float32, as trained weights know it."""
     with torch.inference_mode(False):
@@ -315,7 +318,7 @@ class _WindowAttention(torch.autograd.Function):
         scores.view(M, H, N, N).add_(bias if mask is None else bias + mask[:, None].to(bias.dtype))
         shares = scores.softmax(dim=-1)
         if mask is not None:  # exp(-100) is below the normal numbers, with which processors are ten times slower
-            shares = F.threshold_(shares, torch.finfo(shares.dtype).tiny, 0.0)
+            shares = torch.threshold_(shares, torch.finfo(shares.dtype).tiny, 0.0)
         ctx.save_for_backward(packed, shares)
         ctx.scale, ctx.heads = scale, H
         return torch.bmm(shares, v).view(M, H, N, -1).transpose(1, 2).reshape(M, N, -1)

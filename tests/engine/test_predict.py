@@ -69,7 +69,7 @@ def test_load_takes_a_file_and_a_run_folder(model_file, model):
 def test_load_refuses_what_is_no_model(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         saccade.load(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="holds no model.safetensors"):
+    with pytest.raises(UserError, match="holds no weights"):
         saccade.load(str(tmp_path))
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(UserError, match="not a .safetensors file"):

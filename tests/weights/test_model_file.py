@@ -242,7 +242,8 @@ def test_wrong_description(path: Path, weights: dict[str, Tensor], values: Any, 
 @pytest.mark.parametrize("name", ["vitt", "os.path", "../vit", "torch.nn.Linear", "", 3, None, ["vit"]])
 def test_unknown_architecture(path: Path, weights: dict[str, Tensor], name: Any) -> None:
     architecture = {**good()["architecture"], "family": name}
-    refused(write(path, weights, {**good(), "architecture": architecture}), f"the family {name!r}", "this saccade knows")
+    written = write(path, weights, {**good(), "architecture": architecture})
+    refused(written, f"the family {name!r}", "this saccade knows")
 
 
 def test_absurd_architecture_takes_no_memory(path: Path, weights: dict[str, Tensor]) -> None:
@@ -270,7 +271,8 @@ def test_every_fault_of_the_weights_is_listed(path: Path, weights: dict[str, Ten
 
 
 def test_weights_of_another_model(path: Path) -> None:
-    message = refused(write(path, weights_of(replace(CARD, architecture=backbone_row("cct_nano").to_dict())), good()), "faults")
+    other = replace(CARD, architecture=backbone_row("cct_nano").to_dict())
+    message = refused(write(path, weights_of(other), good()), "faults")
     assert "and " in message and " more" in message, "a long list is cut, and says so"
 
 

@@ -431,11 +431,12 @@ def _build_hf(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     assert isinstance(row, SwinConfig)
     drop = ("architectures", "model_type", "hidden_size")
     values = {name: value for name, value in _hf_config(row, classes).items() if name not in drop}
+    values["num_labels"] = classes
     if row.version == 2:
-        described = transformers.Swinv2Config(num_labels=classes, **values)
+        described = transformers.Swinv2Config(**values)
         kind = transformers.Swinv2ForImageClassification if classes else transformers.Swinv2Model
         return kind(described)
-    described = transformers.SwinConfig(num_labels=classes, **values)
+    described = transformers.SwinConfig(**values)
     model = (transformers.SwinForImageClassification if classes else transformers.SwinModel)(described)
     for layer in model.modules():
         if type(layer).__name__ == "SwinLayer":
@@ -479,11 +480,11 @@ def _taken(parent: Any, name: str) -> nn.Module:
 
 def _hf_logits(model: nn.Module, images: Tensor) -> Tensor:
     """A layer of version 1 that once saw a small map never shifts again; here every call begins anew."""
-    for stage in model.modules():
-        if type(stage).__name__ == "SwinStage":
-            for b, layer in enumerate(stage.blocks):  # type: ignore[arg-type]
-                layer.window_size = stage.config.window_size
-                layer.shift_size = b % 2 * (layer.window_size // 2)
+    stages: list[Any] = [module for module in model.modules() if type(module).__name__ == "SwinStage"]
+    for stage in stages:
+        for b, layer in enumerate(stage.blocks):
+            layer.window_size = stage.config.window_size
+            layer.shift_size = b % 2 * (layer.window_size // 2)
     outputs = model(images)
     return outputs.logits if hasattr(outputs, "logits") else outputs.pooler_output
 
