@@ -91,7 +91,8 @@ class Tokens(NamedTuple):
         return self.x.view(-1, B, length, self.x.shape[-1]).mean(dim=(0, 2))
 
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def kept(function: Callable[P, T]) -> Callable[P, T]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,9 +17,9 @@ from saccade.layers.efficient_attention import ATTENTION
 FORMS = sorted(ATTENTION)
 
 
-def build(model: str = "vit_micro", size: int = 32, **network: object) -> ViT:
+def build(**network: Any) -> ViT:
     torch.manual_seed(0)
-    backbone = build_backbone(model, NetworkConfig.model_validate(network), size)
+    backbone = build_backbone("vit_micro", NetworkConfig.model_validate(network), 32)
     assert isinstance(backbone, ViT)
     return backbone
 
@@ -46,7 +48,9 @@ def merged_counts(backbone: ViT, images: Tensor) -> list[int]:
     """Patch tokens after each block."""
     seen: list[int] = []
     hooks = [
-        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1] - backbone.prefix))
+        block.get_submodule("mlp").register_forward_hook(
+            lambda module, inputs, output: seen.append(output.shape[1] - backbone.prefix)
+        )
         for block in backbone.blocks
     ]
     backbone(images)
@@ -78,7 +82,7 @@ def test_attention_is_traced_through_merging() -> None:
 
 
 @pytest.mark.parametrize("network", [{"merge_tokens": 5}, *({"attention": form} for form in FORMS)])
-def test_learns(network: dict[str, object]) -> None:
+def test_learns(network: dict[str, Any]) -> None:
     """Gradient reaches every parameter, the same with activation checkpointing."""
     gradients = []
     for again in (False, True):

@@ -13,6 +13,7 @@ from saccade.config import NetworkConfig, PreprocessingConfig
 from saccade.data.buckets import bucket_shapes
 from saccade.engine.predict import Model, list_inputs
 from saccade.errors import UserError
+from saccade.models.classifier import Classifier
 from saccade.predictions import Classification
 from saccade.weights.load import build_network
 from saccade.weights.model_file import ModelCard, save_model
@@ -31,6 +32,7 @@ SIZES = [(40, 40), (30, 60), (64, 32), (7, 5), (100, 41), (33, 35), (48, 40)]  #
 def model_file(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     network = build_network(CARD)
+    assert isinstance(network, Classifier)
     torch.nn.init.normal_(network.head.weight)  # so that answers differ from picture to picture
     path = tmp_path_factory.mktemp("run") / "model.safetensors"
     save_model(path, network.state_dict(), CARD)

@@ -248,6 +248,6 @@ def test_orders_made_without_gradients_serve_training():
     assert window_layout(1, grid, 2, (1, 1), pad_first=True, device=CPU) is layout
     tokens = plain(grid, batch=1)
     tokens.arranged(layout).x.square().sum().backward()
-    assert torch.equal(tokens.x.grad, 2 * tokens.x)
+    assert tokens.x.grad is not None and torch.equal(tokens.x.grad, 2 * tokens.x)
     mask = layout.mask(0, layout.windows)
     assert mask is not None and not mask.is_inference()

@@ -120,7 +120,9 @@ def test_the_ways_of_the_libraries_differ(version):
     ways = [WAYS["timm", version], *({"unshifted": each} for each in ("picture", "built", "axis"))]
     for way in ways:
         torch.manual_seed(0)
-        model = randomise(Swin(replace(ROWS[version], **way))).double().eval()
+        model = Swin(replace(ROWS[version], **way))
+        randomise(model)
+        model.double().eval()
         answers.append(torch.cat((model.summary(wide), model.summary(large))))
     for i, one in enumerate(answers):
         for other in answers[:i]:
@@ -180,7 +182,12 @@ def test_every_row_of_the_table_is_timm_s(name):
     shapes = shapes_of(theirs.state_dict())
     config = {"architecture": TIMM_NAMES[name], "num_classes": 1000}
     found = form.row(shapes, config)
-    assert found.is_like(row) and (found.image_size, found.pad_first) == (row.image_size, False)
+    assert isinstance(found, SwinConfig) and found.is_like(row)
+    assert (found.image_size, found.pad_first) == (row.image_size, False)
+        isinstance(found, SwinConfig)
+        and found.is_like(row)
+        and (found.image_size, found.pad_first) == (row.image_size, False)
+    )
     assert form.write_config(found, 1000)["architecture"] == TIMM_NAMES[name]
     assert "model_args" not in form.write_config(found, 1000)
     rules = form.rules(found, 1000)
