@@ -184,10 +184,6 @@ def test_every_row_of_the_table_is_timm_s(name):
     found = form.row(shapes, config)
     assert isinstance(found, SwinConfig) and found.is_like(row)
     assert (found.image_size, found.pad_first) == (row.image_size, False)
-        isinstance(found, SwinConfig)
-        and found.is_like(row)
-        and (found.image_size, found.pad_first) == (row.image_size, False)
-    )
     assert form.write_config(found, 1000)["architecture"] == TIMM_NAMES[name]
     assert "model_args" not in form.write_config(found, 1000)
     rules = form.rules(found, 1000)
