@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +21,16 @@ from saccade.weights.formats.table import read_gradients, read_state, write_stat
 
 timm = pytest.importorskip("timm")
 
-from compare import Gap, agree, convert, randomise, round_trip, stages_agree, wrong_keys_are_refused  # noqa: E402
+from compare import (  # noqa: E402
+    Gap,
+    agree,
+    convert,
+    gradients_differ_by_rounding_alone,
+    randomise,
+    round_trip,
+    stages_agree,
+    wrong_keys_are_refused,
+)
 
 TIMM, ORIGINAL = FORMATS
 CLASSES = 7
@@ -62,12 +72,13 @@ def test_outputs_and_gradients_are_timms(size, dtype):
 @pytest.mark.parametrize("name", EFFICIENTVIT)
 @pytest.mark.slow
 def test_full_size_is_timms(name):
-    """Measured: float32 logits 1e-6, gradients 2e-5; float64 2e-15 and 6e-14."""
+    """Measured: float32 logits 1.9e-6, gradients 2e-5 (b3: 3e-3); float64 2e-15 and 6e-14."""
     row = EFFICIENTVIT[name]
     ours, theirs = pair(row, 1000)
     images, targets = batch(224, 224)
     rules = TIMM.rules(row, 1000)
-    agree(ours, theirs, rules, images, targets, logits=logits)
+    agree(ours, theirs, rules, images, targets, logits=logits, tol=replace(LIMITS[torch.float32], gradient=math.inf))
+    gradients_differ_by_rounding_alone(ours, theirs, rules, images, targets, logits=logits)
     agree(ours, theirs, rules, images[..., :160], targets, logits=logits, dtype=torch.float64)
     assert shapes_of(theirs) == shapes_of(timm.create_model(name))
     assert type(theirs) is type(timm.create_model(name))
