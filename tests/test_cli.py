@@ -209,6 +209,22 @@ def test_weights_that_are_not_there(run: Callable[..., Any], pictures: Path, tmp
     (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04" + b"0" * 100)
     code, _, err = run("train", pictures, "--weights=weights.pt", "--steps=1")
     assert code == 2 and "weights.pt: truncated or damaged" in err
+    (tmp_path / "weights").mkdir()
+    code, _, err = run("train", pictures, "--weights=weights/of_mine", "--steps=1")
+    assert code == 2 and "weights/of_mine: no such file or folder" in err and "hf-hub:weights/of_mine" in err
+
+
+def test_a_run_that_is_refused_leaves_nothing(
+    run: Callable[..., Any], trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = ["--weights", trained, "--model=resnet18", "--steps=1", "--image-size=32"]
+    code, _, err = run("train", pictures, *settings, "--out", tmp_path / "refused")
+    assert code == 2 and "not a resnet18" in err
+    assert not (tmp_path / "refused").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert run("train", pictures, *settings, "--out", tmp_path / "mine")[0] == 2
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

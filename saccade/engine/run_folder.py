@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def make_run_folder(folder: Path, config: RunConfig, world: World) -> None:
     fault = distributed.from_main(fault, world)
     if fault:
         raise UserError(fault)
+
+
+def remove_unused(folder: Path) -> None:
+    """Take back what `make_run_folder` made, where a run is refused before it begins; what others put there stays."""
+    (folder / "config.json").unlink(missing_ok=True)
+    for each in (folder / "checkpoints", folder):
+        with suppress(OSError):  # not empty
+            each.rmdir()
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:

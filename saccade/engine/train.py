@@ -41,7 +41,7 @@ from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
 from saccade.engine.plan import EpochEnds, Plan, data_hash, load_plan, planned_row
 from saccade.engine.progress import RunTable, clock
-from saccade.engine.run_folder import make_run_folder, write_rows
+from saccade.engine.run_folder import make_run_folder, remove_unused, write_rows
 from saccade.engine.signals import stop_signals
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
@@ -161,7 +161,12 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
     folder = Path(config.out)
     if not resume:
         make_run_folder(folder, config, world)
-    session = open_session(config, world, planned_row(folder) if resume else None)
+    try:
+        session = open_session(config, world, planned_row(folder) if resume else None)
+    except UserError:
+        if not resume and world.is_main:
+            remove_unused(folder)
+        raise
     plan = load_plan(folder, session.splits, world) if resume and (folder / "plan.json").exists() else None
     if plan is None:
         plan = make_plan(session, began, show)

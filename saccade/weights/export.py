@@ -198,10 +198,11 @@ def _described(config: dict[str, Any], card: ModelCard, dialect: str) -> dict[st
     """Their config.json, with what ours says of classes and pictures."""
     classes = card.class_names
     if dialect == "timm":
-        given = write_pretrained_cfg(card.preprocessing, len(classes))
+        outputs = config.get("num_classes", len(classes))  # CLIP's projection is a head without classes to timm
+        given = write_pretrained_cfg(card.preprocessing, outputs)
         labels = {"label_names": list(classes)} if classes else {}
         described = {**config.get("pretrained_cfg", {}), **given}
-        return {**config, "num_classes": len(classes), **labels, "pretrained_cfg": described}
+        return {**config, "num_classes": outputs, **labels, "pretrained_cfg": described}
     labels = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
     return config | (labels if classes else {})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade.backbones import BACKBONES, build_backbone, row_from_dict
 from saccade.backbones.base import Row
-from saccade.config import RunConfig, closest
+from saccade.config import RunConfig
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
 from saccade.models.embedder import Embedder
@@ -39,18 +39,9 @@ def load_weights(source: str | Path) -> Loaded:
         path = find_model(path)
         weights, card = load_model_file(path)
         return Loaded(weights, row_from_dict(card.architecture, str(path)), card, str(path), [])
-    refuse_absent(path)
     raw = open_weights(str(source))
     found = import_weights(raw)
     return Loaded(found.weights, found.row, found.card(), str(source), [*raw.notes, *found.notes])
-
-
-def refuse_absent(path: Path) -> None:
-    """A path into a folder that exists is meant as a path, though it may look like a name on the hub."""
-    folder = path.parent
-    if not path.exists() and folder != Path() and folder.is_dir():
-        near = closest(path.name, [each.name for each in folder.iterdir()])
-        raise UserError(f"{path}: no such file or folder{near}")
 
 
 def is_ours(path: Path) -> bool:

@@ -161,6 +161,19 @@ def test_checkpoint_of_dino(tmp_path: Path) -> None:
     assert convert(tmp_path / "dino.pth", tmp_path / "zeros.safetensors", branch="student").notes[0] != result.notes[0]
 
 
+def test_projection_of_clip_is_timms_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(**VISION, projection_dim=24)
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "for_timm", to="timm")
+    ours, _ = load_network(tmp_path / "theirs")
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = ours.backbone(images).summary
+        assert expected.shape == (2, 24)
+        assert (load_strictly("timm", tmp_path / "for_timm")(images) - expected).abs().max() <= TOLERANCE
+
+
 def test_file_of_torchvision(tmp_path: Path) -> None:
     import torchvision
 
