@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.backbones import BACKBONES, FAMILIES, build_backbone
 from saccade.backbones.base import Backbone
 from saccade.backbones.features import AttentionTrace, Features
 from saccade.backbones.vit import ViT, ViTConfig
@@ -141,4 +142,25 @@ def test_without_tokens_from_end_to_end_gradients_explain():
         expected = expected / expected.amax(dim=(1, 2), keepdim=True)
     assert len(set(best.tolist())) > 1 and expected.min() == 0
     assert gap(got, expected) <= 1e-5  # measured 2e-7
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+SMALLEST = ["vit_micro", "swin_tiny", "swinv2_tiny", "efficientvit_b0", "efficientformer_l1", "levit_128s", "resnet18"]
+
+
+def test_smallest_are_of_every_family():
+    assert {BACKBONES[name].family for name in SMALLEST} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_every_family_explains_itself(name):
+    torch.manual_seed(0)
+    network = Classifier(build_backbone(name), 3).eval()
+    torch.nn.init.normal_(network.head.weight)
+    images = torch.randn(2, 3, 128, 192)
+    heat = explain(network, images)
+    h, w = heat.shape[1:]
+    assert len(heat) == 2 and 2 * w == 3 * h, "a map in the shape of the picture"
+    assert heat.isfinite().all() and heat.min() >= 0
+    assert torch.allclose(heat.amax(dim=(1, 2)), torch.ones(2))
     assert all(parameter.grad is None for parameter in network.parameters())

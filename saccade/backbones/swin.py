@@ -357,11 +357,9 @@ class Swin(Backbone):
         return Tokens(self.patch_norm(maps.permute(0, 2, 3, 1).flatten(0, 2)), plain_layout(B, (h, w), maps.device))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Features:
-        maps, last = [], None
-        for last in self._stages(images):
-            maps.append(last.rows().permute(0, 3, 1, 2))
-        assert last is not None
-        return Features(tuple(maps), self.strides, self._pool(last))
+        maps = [stage.rows().permute(0, 3, 1, 2) for stage in self._stages(images)]
+        # of the map itself, so that explanations can follow the summary back to it
+        return Features(tuple(maps), self.strides, self.norm(maps[-1].permute(0, 2, 3, 1)).mean(dim=(1, 2)))
 
     def summary(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
         """`forward(images).summary`, without putting the maps in order."""
