@@ -164,7 +164,7 @@ class LeViT(Backbone):
         self.stem = nn.Sequential(
             *(
                 ConvNorm(before, width, 3, 2, activation=activation)
-                for before, width, activation in zip([3, *widths], widths, activations, strict=False)
+                for before, width, activation in zip([3, *widths[:-1]], widths, activations, strict=True)
             )
         )
         self.stages = nn.ModuleList(_stage(c, i) for i in range(3))

@@ -26,8 +26,9 @@ def attention(
     if causal and bias is not None:  # the kernels take only one of the two
         keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         bias, causal = bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, -math.inf), False
-    if bias is None and not causal and dropout == 0.0 and _is_slow_when_fused(q, k):
-        return _attention_by_products(q, k, v)
+    of_keys = bias is None or (bias.is_floating_point() and bias.shape[1:3] == (1, 1))
+    if of_keys and not causal and dropout == 0.0 and _is_slow_when_fused(q, k):
+        return _attention_by_products(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
 
 
@@ -41,12 +42,16 @@ def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
     return short and learns and q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
-def _attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """With no bias, or one of the keys alone (B, 1, 1, M)."""
     B, H, N, D = q.shape
     M = k.shape[2]
     q, k, v = q.reshape(B * H, N, D), k.reshape(B * H, M, D), v.reshape(B * H, M, -1)
-    unused = q.new_empty(1, 1, 1).expand(B * H, N, M)  # with beta=0 it is never read
-    scores = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(D))
+    if bias is None:
+        start, beta = q.new_empty(1, 1, 1).expand(B * H, N, M), 0  # with beta=0 it is never read
+    else:
+        start, beta = bias.expand(B, H, -1, -1).flatten(0, 1), 1  # (B H, 1, M)
+    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=1 / math.sqrt(D))
     return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (B, H))
 
 

@@ -140,24 +140,13 @@ def attention_by_size(
     q: Float[Tensor, "B H N D"], k: Float[Tensor, "B H M D"], v: Float[Tensor, "B H M E"], sizes: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B H N E"]:
     """Proportional attention: a key that stands for s tokens counts s times, by log s on its scores."""
-    bias = log_sizes(sizes, q.dtype)  # one row for all queries and heads: the fused kernel adds it almost for nothing
-    learns = torch.is_grad_enabled() and q.requires_grad
-    if learns and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return _attention_by_products(q, k, v, bias)
-    return attention(q, k, v, bias=bias)
+    # one row for all queries and heads, which the fused kernel adds almost for nothing
+    return attention(q, k, v, bias=log_sizes(sizes, q.dtype))
 
 
 def log_sizes(sizes: Float[Tensor, "B M"], dtype: torch.dtype) -> Float[Tensor, "B 1 1 M"]:
     """What proportional attention adds to the scores of the keys."""
     return sizes.log()[:, None, None].to(dtype)
-
-
-def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Float[Tensor, "B 1 1 M"]) -> Tensor:
-    """As in `saccade.layers.attention`, where the fused backward pass is slow; with a bias of the keys."""
-    H, scale = q.shape[1], q.shape[-1] ** -0.5
-    per_head = bias.expand(-1, H, -1, -1).flatten(0, 1)  # (B H, 1, M)
-    scores = torch.baddbmm(per_head, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
-    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).unflatten(0, (-1, H))
 
 
 def _flat(index: Int[Tensor, "B M"], rows: int) -> Int[Tensor, " BM"]:

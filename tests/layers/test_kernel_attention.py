@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_performer_converges_to_exact_attention():
             squares.append((layer.mix(q, k, v, GRID) - exact).square().mean())
         errors.append(torch.stack(squares).mean().sqrt().item())
     assert errors[2] <= 0.01  # measured 5.3e-3
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 2.5 <= coarse / fine <= 6.5  # measured 2.7 and 3.4, where theory says 4
 
 
