@@ -20,7 +20,7 @@ from rich.table import Table
 
 from saccade.config import DataConfig
 from saccade.data.decode import SUFFIXES, Picture, PictureError
-from saccade.data.source import Problem, Source
+from saccade.data.source import LabelledSource, Problem, Source
 from saccade.data.sources import Place, class_problems, find, unite_classes
 
 ASPECT_EDGES = (0.5, 0.8, 1.25, 2.0)  # width / height; between them the picture's share is counted
@@ -181,7 +181,8 @@ def _same_bytes(sources: dict[str, Source], seen: dict[str, list[_Seen]]) -> lis
         for split, i in group:
             source = sources[split]
             by_split[split].append(source.id(i))
-            labels[source.class_names[source.labels[i]]] = None
+            if isinstance(source, LabelledSource):
+                labels[source.class_names[source.labels[i]]] = None
         first, *others = [name for names in by_split.values() for name in names]
         for names in by_split.values():
             if len(names) > 1:

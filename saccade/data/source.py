@@ -17,11 +17,15 @@ from saccade.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with the data: what kind, where, and what it is, with what to do about it."""
+    """Something wrong with the data: what kind, where, and what it is, with what to do about it.
+
+    One that `refuses` keeps a run from starting; without what the others are about, training does.
+    """
 
     kind: str
     where: str
     what: str
+    refuses: bool = True
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -29,15 +33,14 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source(ABC):
-    """Labelled pictures: plain data without open files, so that it travels to workers however they are started."""
+    """Pictures with targets: plain data without open files, so that it travels to workers however they are started."""
 
     name: str
     path: Path
     class_names: tuple[str, ...]
-    labels: np.ndarray  # int64 (N,), positions in class_names; -1 where there is no label
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @abstractmethod
     def id(self, i: int) -> str:
@@ -51,31 +54,68 @@ class Source(ABC):
     def subset(self, indices: Sequence[int] | np.ndarray) -> Self:
         """The pictures at these positions, in this order, with the same classes."""
 
+    @abstractmethod
+    def target(self, i: int) -> Any:
+        """What the task's transform gets beside the picture."""
+
+    @abstractmethod
+    def counts(self) -> np.ndarray:
+        """Pictures, or things in pictures, per class, int64 (K,)."""
+
+    @abstractmethod
+    def with_classes(self, class_names: tuple[str, ...]) -> Self:
+        """The same with targets by position in `class_names`, which must hold every class of this source."""
+
+    @abstractmethod
+    def digest(self) -> bytes:
+        """Of all targets in their order, by which a run that is continued knows its data again."""
+
+    @abstractmethod
+    def strata(self) -> np.ndarray:
+        """A number per picture, int64 (N,): a held-out part takes of each number its share."""
+
     def open(self, i: int) -> BinaryIO:
         """For those who need the header only."""
         return BytesIO(self.read(i))
 
-    def target(self, i: int) -> Any:
-        """What the task's transform gets beside the picture."""
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledSource(Source):
+    """A label per picture."""
+
+    labels: np.ndarray  # int64 (N,), positions in class_names; -1 where there is no label
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def target(self, i: int) -> int:
         return int(self.labels[i])
 
     def counts(self) -> np.ndarray:
-        """Pictures per class, int64 (K,)."""
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.class_names))
 
     def with_classes(self, class_names: tuple[str, ...]) -> Self:
-        """The same pictures, labelled by position in `class_names`, which must hold every class of this source."""
         if class_names == self.class_names:
             return self
-        position = {name: k for k, name in enumerate(class_names)}
-        # the extra last entry keeps -1, no label, at -1
-        table = np.array([*(position[name] for name in self.class_names), -1], dtype=np.int64)
-        return replace(self, class_names=class_names, labels=table[self.labels])
+        return replace(self, class_names=class_names, labels=moved_labels(self.labels, self.class_names, class_names))
+
+    def digest(self) -> bytes:
+        return np.ascontiguousarray(self.labels).tobytes()
+
+    def strata(self) -> np.ndarray:
+        return self.labels
+
+
+def moved_labels(labels: np.ndarray, old: tuple[str, ...], new: tuple[str, ...]) -> np.ndarray:
+    """Positions in `old` as positions in `new`; -1, no label, stays."""
+    position = {name: k for k, name in enumerate(new)}
+    table = np.array([*(position[name] for name in old), -1], dtype=np.int64)  # the last entry is that of -1
+    return table[labels]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FileSource(Source):
-    """A file per picture."""
+class FileSource(LabelledSource):
+    """A file and a label per picture."""
 
     files: tuple[str, ...]
 
@@ -87,14 +127,105 @@ class FileSource(Source):
             return file.read()
 
     def open(self, i: int) -> BinaryIO:
-        try:
-            return open(self.files[i], "rb")
-        except OSError as error:
-            raise PictureError(self.files[i], f"cannot be read ({error.strerror})") from None
+        return open_file(self.files[i])
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Self:
         indices = np.asarray(indices, dtype=np.int64)
         return replace(self, labels=self.labels[indices], files=tuple(self.files[i] for i in indices))
+
+
+def open_file(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise PictureError(path, f"cannot be read ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The n things in one picture. A crowd is a region with many of a class: neither learnt nor a miss."""
+
+    boxes: np.ndarray  # float32 (n, 4): left, top, right, bottom; pixels of the whole, upright picture
+    labels: np.ndarray  # int64 (n,), positions in class_names
+    crowd: np.ndarray  # bool (n,)
+    area: np.ndarray  # float32 (n,): of the outline where the format knows it, else of the box
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @classmethod
+    def none(cls) -> Boxes:
+        return cls(
+            np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0, np.float32)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BoxSource(Source):
+    """A file per picture, and the things in it: those of picture i are `starts[i]` to `starts[i + 1]`."""
+
+    files: tuple[str, ...]
+    starts: np.ndarray  # int64 (N + 1,)
+    boxes: np.ndarray  # float32 (M, 4), see Boxes
+    labels: np.ndarray  # int64 (M,)
+    crowd: np.ndarray  # bool (M,)
+    area: np.ndarray  # float32 (M,)
+    ids: tuple[str, ...] = ()  # what messages call each of the M, such as "annotation 17"
+    numbers: tuple[int, ...] = ()  # of the pictures, where the format gives them (COCO); for results in its form
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def id(self, i: int) -> str:
+        return self.files[i]
+
+    def read(self, i: int) -> bytes:
+        with self.open(i) as file:
+            return file.read()
+
+    def open(self, i: int) -> BinaryIO:
+        return open_file(self.files[i])
+
+    def target(self, i: int) -> Boxes:
+        part = slice(int(self.starts[i]), int(self.starts[i + 1]))
+        return Boxes(self.boxes[part], self.labels[part], self.crowd[part], self.area[part])
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Self:
+        indices = np.asarray(indices, dtype=np.int64)
+        spans = [np.arange(int(self.starts[i]), int(self.starts[i + 1])) for i in indices]
+        chosen = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in indices),
+            starts=np.concatenate([[0], np.cumsum([len(span) for span in spans])]).astype(np.int64),
+            boxes=self.boxes[chosen],
+            labels=self.labels[chosen],
+            crowd=self.crowd[chosen],
+            area=self.area[chosen],
+            ids=tuple(self.ids[i] for i in chosen) if self.ids else (),
+            numbers=tuple(self.numbers[i] for i in indices) if self.numbers else (),
+        )
+
+    def counts(self) -> np.ndarray:
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    def with_classes(self, class_names: tuple[str, ...]) -> Self:
+        if class_names == self.class_names:
+            return self
+        return replace(self, class_names=class_names, labels=moved_labels(self.labels, self.class_names, class_names))
+
+    def digest(self) -> bytes:
+        return b"".join(np.ascontiguousarray(part).tobytes() for part in (self.starts, self.boxes, self.labels))
+
+    def strata(self) -> np.ndarray:
+        """1 + the rarest class in each picture; 0 where there is nothing."""
+        rank = self.counts()
+        strata = np.zeros(len(self), np.int64)
+        for i in range(len(self)):
+            labels = self.target(i).labels
+            if len(labels):
+                strata[i] = 1 + labels[rank[labels].argmin()]
+        return strata
 
 
 @dataclass
@@ -102,6 +233,7 @@ class Found:
     """What a format's reader saw: sources by split, and everything that is wrong, without raising."""
 
     format: str
+    task: str = "classify"  # what can be learnt from such targets
     splits: dict[str, Source] = field(default_factory=dict)  # train, val, test; or all, where nothing says more
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saccade.config import DataConfig, PreprocessingConfig, describe_faults
 from saccade.data.loader import eval_batches, measure_sizes
-from saccade.data.source import FileSource, Source
+from saccade.data.source import LabelledSource, Source, open_file
 from saccade.data.sources import open_pictures
 from saccade.data.transforms import EvalTransform, collate_eval
 from saccade.engine.device import autocast
@@ -146,7 +146,7 @@ class Encoder:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GivenPictures(Source):
+class GivenPictures(LabelledSource):
     """Paths, PIL images, arrays and tensors in any mixture."""
 
     values: tuple[tuple[str, PictureInput], ...]
@@ -158,12 +158,11 @@ class GivenPictures(Source):
         """A file's own bytes; pixels as a PNG, which keeps every one of them."""
         name, value = self.values[i]
         if isinstance(value, str | Path):
-            return FileSource(
-                name="", path=Path(), class_names=(), labels=self.labels[i : i + 1], files=(str(value),)
-            ).read(0)
-        file = io.BytesIO()
-        open_picture(name, value).whole().save(file, "PNG", compress_level=1)
-        return file.getvalue()
+            with open_file(str(value)) as file:
+                return file.read()
+        encoded = io.BytesIO()
+        open_picture(name, value).whole().save(encoded, "PNG", compress_level=1)
+        return encoded.getvalue()
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> GivenPictures:
         return list_source([self.values[int(i)] for i in indices])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from saccade.backbones import row_from_dict
@@ -63,10 +62,10 @@ def planned_row(folder: Path) -> Row | None:
 
 
 def data_hash(splits: Splits) -> str:
-    """Of the order and labels of all samples, by which a resumed run knows its data again."""
+    """Of the order and targets of all samples, by which a resumed run knows its data again."""
     digest = hashlib.sha256()
     for source in (splits.train, splits.val):
-        digest.update(np.ascontiguousarray(source.labels).tobytes())
+        digest.update(source.digest())
         for i in range(len(source)):
             digest.update(Path(source.id(i)).name.encode(errors="surrogateescape"))
     return digest.hexdigest()

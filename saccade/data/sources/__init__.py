@@ -145,8 +145,9 @@ def split_off(source: Source, fraction: float, seed: int) -> tuple[Source, Sourc
     """The rest and the held-out `fraction`, stratified: a class with two pictures has one on each side."""
     order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(source))
     held_out = []
-    for k in range(len(source.class_names)):
-        same = order[source.labels[order] == k]
+    strata = source.strata()[order]
+    for k in np.unique(strata):
+        same = order[strata == k]
         count = round(len(same) * fraction)
         held_out.append(same[: min(max(count, 1), len(same) - 1)])
     chosen = np.sort(np.concatenate(held_out))

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from saccade.data.decode import PictureError
-from saccade.data.source import SPLIT_NAMES, Found, Problem, Source, sort_names
+from saccade.data.source import SPLIT_NAMES, Found, LabelledSource, Problem, sort_names
 from saccade.data.sources.table import LABEL_COLUMNS, PATH_COLUMNS
 from saccade.errors import UserError
 
@@ -19,7 +19,7 @@ REMEDY = "pip install 'saccade[datasets]'"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HfSource(Source):
+class HfSource(LabelledSource):
     """Rows of a Dataset; the Dataset itself is opened anew in every process."""
 
     split: str  # empty for a Dataset without splits

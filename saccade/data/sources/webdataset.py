@@ -13,14 +13,14 @@ from typing import Any, Self
 import numpy as np
 
 from saccade.data.decode import SUFFIXES, PictureError
-from saccade.data.source import SPLIT_NAMES, Found, Problem, Source, sort_names
+from saccade.data.source import SPLIT_NAMES, Found, LabelledSource, Problem, sort_names
 from saccade.errors import UserError
 
 LABEL_KEYS = ("label", "class", "cls", "target", "category")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TarSource(Source):
+class TarSource(LabelledSource):
     """Pictures at known places within tar files."""
 
     shards: tuple[Path, ...]
