@@ -29,6 +29,7 @@ class Splits:
     val: Source
     format: str
     notes: list[str]
+    task: str = "classify"  # what can be learnt from their targets
 
 
 def detect_format(path: Place) -> Format:
@@ -96,7 +97,7 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
     empty = [name for name, count in zip(class_names, held_out.counts(), strict=True) if count == 0]
     if empty:
         notes.append(f"{held_out.path}: no pictures of {', '.join(empty)} to measure on")
-    return Splits(train, held_out, found.format, notes)
+    return Splits(train, held_out, found.format, notes, found.task)
 
 
 def open_source(path: Place, split: str | None = None) -> Source:
