@@ -17,7 +17,6 @@ from saccade.engine.evaluate import Normalise, evaluate_batches
 from saccade.engine.predict import Model
 from saccade.engine.run_folder import resume_config
 from saccade.errors import UserError
-from saccade.metrics.classification import ClassificationReport
 from saccade.recipes import resolve
 
 
@@ -41,7 +40,7 @@ def evaluate(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     unreadable: list[str] | None = None,
-) -> ClassificationReport:
+) -> Any:
     """Run a model over labelled data. `progress(done, total)` is called after each batch.
 
     What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count.

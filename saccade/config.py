@@ -172,7 +172,7 @@ class RunConfig(Config):
         description="folder, table (.csv, .jsonl), folder of .tar shards, or Hugging Face dataset on disk"
     )
     val: str | None = Field(default=None, description="validation data, where it does not lie beside the training data")
-    task: Literal["classify"] = Field(default="classify", description="what is learnt")
+    task: Literal["classify", "detect"] | None = Field(default=None, description="what is learnt; none: from the data")
     recipe: str = Field(
         default="auto", description="small_from_scratch, fine_tune, linear_probe, large; auto: from the data"
     )

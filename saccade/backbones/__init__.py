@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,6 +16,8 @@ from saccade.backbones.swin import SWIN, Swin, SwinConfig
 from saccade.backbones.vit import VIT, ViT, ViTConfig
 from saccade.config import NetworkConfig, closest
 from saccade.errors import UserError
+
+R = TypeVar("R", bound=Row)
 
 BACKBONES: dict[str, Row] = {**VIT, **SWIN, **EFFICIENTVIT, **EFFICIENTFORMER, **LEVIT, **RESNET}
 FAMILIES: dict[str, tuple[type[Row], Callable[[Any], Backbone]]] = {
@@ -52,9 +54,13 @@ def row_from_dict(values: Any, where: str) -> Row:
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{where}: describes a model of the family {family!r}; this saccade knows {known}")
-    fields = {name: value for name, value in values.items() if name != "family"}
+    return fields_from_dict(FAMILIES[family][0], {k: v for k, v in values.items() if k != "family"}, where)
+
+
+def fields_from_dict(kind: type[R], values: dict[str, Any], where: str) -> R:
+    """A row of this kind from its fields, checked one by one."""
     try:
-        return TypeAdapter(FAMILIES[family][0]).validate_python(fields)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"{where}: its architecture is incomplete or wrong ({faults})") from None

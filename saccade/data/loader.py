@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from saccade.config import DataConfig, PreprocessingConfig
 from saccade.data.buckets import assign, bucket_shapes
 from saccade.data.decode import Picture, PictureError, read_size
-from saccade.data.sample import Batch, Sample
+from saccade.data.sample import Around, Batch, Sample
 from saccade.data.source import Source
 from saccade.errors import UserError
 
-# (picture, target, index, shape (H, W), rng) -> Sample
-Transform = Callable[[Picture, Any, int, tuple[int, int], np.random.Generator], Sample]
+# (picture, target, index, shape (H, W), rng, around) -> Sample
+Transform = Callable[[Picture, Any, int, tuple[int, int], np.random.Generator, Around], Sample]
 # (samples, unreadable, shape) -> Batch; of no samples: one black picture, empty `indices`
 Collate = Callable[[list[Sample], list[tuple[int, str]], tuple[int, int]], Batch]
 
@@ -36,6 +36,7 @@ class Plan:
     epoch: int
     shape: tuple[int, int]
     indices: np.ndarray  # int64 (B,)
+    progress: float = 0.0  # share of the run that is done before it
 
 
 def measure_sizes(source: Source, data: DataConfig, threads: int = 4) -> np.ndarray:
@@ -104,7 +105,9 @@ def train_batches(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Batches number `start`, `start` + 1, ... before `stop`; without it, for ever. Batch s depends on (seed, s) alone.
+    """Batches number `start`, `start` + 1, ... before `stop`; without it, for ever.
+
+    Batch s depends on (seed, s) alone, but for what a transform makes of the share of the run that is done.
 
     Under several processes each gets every `world`-th picture of a batch. A batch of which nothing could be read is one
     black picture with empty `indices`.
@@ -176,7 +179,8 @@ class _TrainPlans:
                     return
                 # a smaller-than-full batch is cut so that every process gets as many
                 shared = indices[: len(indices) // self.world * self.world]
-                yield Plan(self.seed, epoch, shape, shared[self.rank :: self.world])
+                progress = 0.0 if self.stop is None else number / self.stop
+                yield Plan(self.seed, epoch, shape, shared[self.rank :: self.world], progress)
                 number += 1
 
 
@@ -199,13 +203,18 @@ class _Reader(Dataset[Batch]):
     def __getitem__(self, plan: Plan) -> Batch:
         samples: list[Sample] = []
         unreadable: list[tuple[int, str]] = []
+        around = Around(plan.progress, len(self.source), self.open)
         for i in plan.indices.tolist():
             rng = np.random.Generator(np.random.PCG64([plan.seed, plan.epoch, i + 1]))
             try:
-                samples.append(self.transform(self.picture(i), self.source.target(i), i, plan.shape, rng))
+                picture, target = self.open(i)
+                samples.append(self.transform(picture, target, i, plan.shape, rng, around))
             except PictureError as error:
                 unreadable.append((i, str(error)))
         return self.collate(samples, unreadable, plan.shape)
+
+    def open(self, i: int) -> tuple[Picture, Any]:
+        return self.picture(i), self.source.target(i)
 
     def picture(self, i: int) -> Picture:
         picture = self.cache.get(i)

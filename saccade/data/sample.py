@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from saccade.data.decode import Box, Picture
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,16 @@ class Sample:
     target: Any
     index: int  # position in the source
     mix: Any = None  # the sample's own draw for mixup or cutmix, applied when the batch is made
+    region: Box | None = None  # of the picture, which `image` shows; None: not told
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a training transform may know beside its own picture: where the run is, and all other pictures."""
+
+    progress: float  # share of the run that is done, 0 to 1; 0 where its length is not known
+    count: int  # pictures in the source
+    open: Callable[[int], tuple[Picture, Any]]  # picture and target at a position; PictureError where unreadable
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch there; targets may be a tensor or a dict of them."""
+        """The same batch there; targets may be a tensor, or a dict or dataclass of tensors and other things."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
@@ -45,5 +57,10 @@ class Batch:
             return change(value) if isinstance(value, Tensor) else value
 
         targets = self.targets
-        targets = {k: changed(v) for k, v in targets.items()} if isinstance(targets, dict) else changed(targets)
+        if isinstance(targets, dict):
+            targets = {k: changed(v) for k, v in targets.items()}
+        elif is_dataclass(targets) and not isinstance(targets, type):
+            targets = replace(targets, **{f.name: changed(getattr(targets, f.name)) for f in fields(targets)})
+        else:
+            targets = changed(targets)
         return replace(self, images=change(self.images), targets=targets, indices=change(self.indices))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.config import AugmentConfig, PreprocessingConfig
 from saccade.data.decode import RESAMPLE, Box, Picture
-from saccade.data.sample import Batch, Sample
+from saccade.data.sample import Around, Batch, Sample
 
 CROP_TRIES = 10
 ERASE_AREA = (0.02, 0.33)  # share of the picture
@@ -38,7 +38,13 @@ class TrainTransform:
         self.policy = _policy(augment, preprocessing)
 
     def __call__(
-        self, picture: Picture, target: Any, index: int, shape: tuple[int, int], rng: np.random.Generator
+        self,
+        picture: Picture,
+        target: Any,
+        index: int,
+        shape: tuple[int, int],
+        rng: np.random.Generator,
+        around: Around | None = None,
     ) -> Sample:
         augment = self.augment
         box = random_box(picture.size, shape, augment.crop_scale, augment.crop_aspect, rng)
@@ -65,10 +71,16 @@ class EvalTransform:
         self.share = preprocessing.crop
 
     def __call__(
-        self, picture: Picture, target: Any, index: int, shape: tuple[int, int], rng: np.random.Generator | None = None
+        self,
+        picture: Picture,
+        target: Any,
+        index: int,
+        shape: tuple[int, int],
+        rng: np.random.Generator | None = None,
+        around: Around | None = None,
     ) -> Sample:
-        image = picture.crop(central_box(picture.size, shape, self.share), shape, self.resample)
-        return Sample(to_tensor(image), target, index)
+        box = central_box(picture.size, shape, self.share)
+        return Sample(to_tensor(picture.crop(box, shape, self.resample)), target, index, region=box)
 
 
 def central_box(size: tuple[int, int], shape: tuple[int, int], share: float = 1.0) -> Box:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from saccade.config import OptimizerConfig, ScheduleConfig
 from saccade.models.classifier import Classifier
+from saccade.models.detector import Detector
 
 
-def build_optimizers(model: Classifier, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Classifier | Detector, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Muon is https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size (https://arxiv.org/abs/2502.16982),

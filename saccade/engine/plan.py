@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from saccade.backbones import row_from_dict
 from saccade.backbones.base import Row
 from saccade.data.sources import Splits
 from saccade.engine.checkpoint import list_checkpoints
 from saccade.engine.distributed import World
 from saccade.errors import UserError
+from saccade.models import read_row
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def planned_row(folder: Path) -> Row | None:
         return None
     path = folder / "plan.json"
     try:
-        return row_from_dict(json.loads(path.read_text()).get("architecture"), str(path))
+        return read_row(json.loads(path.read_text()).get("architecture"), str(path))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); the run cannot be continued exactly") from None
 

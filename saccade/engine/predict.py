@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,30 +15,36 @@ from torch import Tensor
 
 from saccade.config import DataConfig, PreprocessingConfig, RunConfig
 from saccade.data.buckets import assign, bucket_shapes
-from saccade.data.decode import RESAMPLE, Box, Picture, PictureError
+from saccade.data.decode import Picture, PictureError
+from saccade.data.sample import Around, Sample
 from saccade.data.sources import find_pictures
-from saccade.data.transforms import central_box, to_tensor
 from saccade.engine.device import autocast, choose_device, choose_precision
 from saccade.engine.evaluate import Normalise
 from saccade.errors import UserError
-from saccade.explain import explain
-from saccade.models.classifier import Classifier
+from saccade.models import Network
 from saccade.models.embedder import Embedder
-from saccade.predictions import Classification
-from saccade.tasks.classification import ClassificationTask, probabilities
+from saccade.tasks import Task, build_task
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard
 
 PictureInput = str | Path | Image.Image | np.ndarray | Tensor
+RNG = np.random.default_rng(0)  # no transform of evaluation draws from it
 READ_AHEAD = 8  # batches that are sorted by shape at a time
+
+
+def _alone(_: int) -> tuple[Picture, Any]:
+    raise AssertionError("a prediction has no other pictures beside it")
+
+
+ALONE = Around(0.0, 0, _alone)
 
 
 @dataclass(frozen=True)
 class Model:
     """A network with all that is needed to use it on pictures."""
 
-    # normalised float images (B, 3, H, W) -> outputs with .logits (B, K), or .embedding (B, C) without classes
-    network: Classifier | Embedder
+    # normalised float images (B, 3, H, W) -> outputs with .logits (B, K) (detectors: and .boxes), or .embedding (B, C)
+    network: Network
     card: ModelCard
     device: torch.device
     precision: torch.dtype
@@ -56,20 +64,29 @@ class Model:
     def preprocessing(self) -> PreprocessingConfig:
         return self.card.preprocessing
 
-    @property
-    def task(self) -> ClassificationTask:
-        return ClassificationTask(self.class_names, RunConfig(data="", preprocessing=self.preprocessing))
+    @cached_property
+    def task(self) -> Task:
+        config = RunConfig(data="", preprocessing=self.preprocessing)
+        return build_task(self.card.task, self.class_names, config, self.network.config)
 
     def predict(
-        self, inputs: PictureInput | Iterable[PictureInput], *, batch_size: int = 64, attention: bool = False
-    ) -> list[Classification]:
-        """Classify files, folders, PIL images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), in the order given.
+        self,
+        inputs: PictureInput | Iterable[PictureInput],
+        *,
+        batch_size: int = 64,
+        attention: bool = False,
+        threshold: float | None = None,
+    ) -> list[Any]:
+        """Predict for files, folders, PIL images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), in the order given.
 
         Arrays and tensors are uint8, or floats from 0 to 1; with four axes they are many pictures. With `attention`,
-        each result carries the attention rollout. A picture that cannot be read is a UserError that names it.
+        each result carries what the model looked at. `threshold`: the least score of a detection, instead of the
+        model's own. A picture that cannot be read is a UserError that names it.
         """
         failed: list[str] = []
-        results = list(self.stream(inputs, batch_size=batch_size, attention=attention, failed=failed))
+        results = list(
+            self.stream(inputs, batch_size=batch_size, attention=attention, threshold=threshold, failed=failed)
+        )
         if failed:
             raise UserError("\n".join(failed))
         return results
@@ -80,12 +97,14 @@ class Model:
         *,
         batch_size: int = 64,
         attention: bool = False,
+        threshold: float | None = None,
         failed: list[str],
         progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Classification]:
+    ) -> Iterator[Any]:
         """As `predict`, one after the other while it goes; what is wrong with unreadable ones is added to `failed`."""
-        if not isinstance(self.network, Classifier):
+        if isinstance(self.network, Embedder):
             raise UserError(f"{self.card.model}: has no classes; `saccade embed` gives vectors, or train a head on it")
+        least = self.card.threshold if threshold is None else threshold
         places = list_inputs(inputs)
         for start in range(0, len(places), batch_size * READ_AHEAD):
             part = places[start : start + batch_size * READ_AHEAD]
@@ -95,60 +114,46 @@ class Model:
                     opened.append(open_picture(name, value))
                 except PictureError as error:
                     failed.append(str(error))
-            yield from self._predict_pictures(opened, batch_size, attention, failed)
+            yield from self._predict_pictures(opened, batch_size, attention, least, failed)
             if progress is not None:
                 progress(start + len(part), len(places))
 
     def _predict_pictures(
-        self, pictures: list[Picture], batch_size: int, attention: bool, failed: list[str]
-    ) -> list[Classification]:
+        self, pictures: list[Picture], batch_size: int, attention: bool, threshold: float | None, failed: list[str]
+    ) -> list[Any]:
         shapes = bucket_shapes(self.preprocessing)
         buckets = assign(np.array([picture.size for picture in pictures]).reshape(-1, 2), shapes)
-        results: dict[int, Classification] = {}
+        results: dict[int, Any] = {}
         for bucket in np.unique(buckets):
             members = np.flatnonzero(buckets == bucket)
             for start in range(0, len(members), batch_size):
                 part = [int(i) for i in members[start : start + batch_size]]
-                results.update(self._predict_batch(pictures, part, shapes[bucket], attention, failed))
+                samples: dict[int, Sample] = {}
+                for i in part:
+                    try:
+                        samples[i] = self.task.eval_transform(pictures[i], None, i, shapes[bucket], RNG, ALONE)
+                    except PictureError as error:
+                        failed.append(str(error))
+                if samples:
+                    results.update(self._predict_batch(pictures, samples, attention, threshold))
         return [results[i] for i in sorted(results)]
 
     def _predict_batch(
-        self, pictures: list[Picture], part: list[int], shape: tuple[int, int], attention: bool, failed: list[str]
-    ) -> dict[int, Classification]:
-        """Classify pictures of one shape (H, W)."""
-        preprocessing = self.preprocessing
-        tensors: dict[int, Tensor] = {}
-        boxes: dict[int, Box] = {}
-        for i in part:
-            boxes[i] = central_box(pictures[i].size, shape, preprocessing.crop)
-            try:
-                tensors[i] = to_tensor(pictures[i].crop(boxes[i], shape, RESAMPLE[preprocessing.interpolation]))
-            except PictureError as error:
-                failed.append(str(error))
-        if not tensors:
-            return {}
-        assert isinstance(self.network, Classifier)
-        images = Normalise(preprocessing, self.device)(torch.stack(list(tensors.values())).to(self.device))
+        self, pictures: list[Picture], samples: dict[int, Sample], attention: bool, threshold: float | None
+    ) -> dict[int, Any]:
+        """For pictures of one shape (H, W)."""
+        pixels = torch.stack([sample.image for sample in samples.values()])
+        images = Normalise(self.preprocessing, self.device)(pixels.to(self.device))
         with torch.no_grad(), autocast(self.device, self.precision):
-            shares = probabilities(self.network(images)).cpu().numpy()  # (B, K)
-        maps = explain(self.network, images).cpu().numpy() if attention else None
-        return {
-            i: self._describe(pictures[i], shares[b], boxes[i], None if maps is None else maps[b])
-            for b, i in enumerate(tensors)
-        }
-
-    def _describe(self, picture: Picture, shares: np.ndarray, box: Box, heat: np.ndarray | None) -> Classification:
-        best = np.argsort(-shares, kind="stable")[:5]
-        return Classification(
-            label=self.class_names[best[0]],
-            score=float(shares[best[0]]),
-            top=tuple((self.class_names[k], float(shares[k])) for k in best),
-            probabilities=shares,
-            source=picture.name,
-            image=picture.whole() if heat is not None else None,
-            attention=heat,
-            region=box,
-        )
+            found = self.task.predict(
+                self.network,
+                images,
+                [pictures[i] for i in samples],
+                list(samples.values()),
+                threshold=threshold,
+                explained=attention,
+            )
+        return dict(zip(samples, found, strict=True))
 
 
 def list_inputs(inputs: PictureInput | Iterable[PictureInput]) -> list[tuple[str, PictureInput]]:

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from saccade.backbones import build_backbone
 from saccade.backbones.base import Row
 from saccade.config import RunConfig
 from saccade.data.loader import batches_per_epoch, eval_batches, measure_sizes, train_batches
@@ -44,8 +43,10 @@ from saccade.engine.progress import RunTable, clock
 from saccade.engine.run_folder import make_run_folder, remove_unused, write_rows
 from saccade.engine.signals import stop_signals
 from saccade.errors import UserError
+from saccade.models import build_network
 from saccade.models.classifier import Classifier
-from saccade.tasks.classification import ClassificationTask
+from saccade.models.detector import Detector
+from saccade.tasks import Task, build_task
 from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model, write_atomically
 
@@ -88,11 +89,11 @@ class Session:
     world: World
     device: torch.device
     precision: torch.dtype
-    task: ClassificationTask
+    task: Task
     splits: Splits
     train_sizes: np.ndarray
     val_sizes: np.ndarray
-    model: Classifier  # holds the parameters
+    model: Classifier | Detector  # holds the parameters
     network: nn.Module  # the model as it is called: wrapped, compiled
     optimizers: list[torch.optim.Optimizer]
     normalise: Normalise
@@ -183,18 +184,20 @@ def open_session(config: RunConfig, world: World, row: Row | None = None) -> Ses
     sources = config.sources
     splits = open_splits(Path(config.data), val=config.val, val_fraction=sources.val_fraction, seed=sources.split_seed)
     seed_everything(config.seed, 0, 0)  # the same initial weights in every process
-    task = ClassificationTask(splits.train.class_names, config)
+    class_names = splits.train.class_names
     if row is not None:
-        model = Classifier(build_backbone(row), len(splits.train.class_names))
+        model = build_network(row, len(class_names))
     else:
-        model, notes = initial_network(config, splits.train.class_names)
+        model, notes = initial_network(config, class_names)
         splits.notes.extend(notes)
+    assert isinstance(model, Classifier | Detector)  # there are classes
+    task = build_task(config.task or splits.task, class_names, config, model.config)
     model.backbone.activation_checkpointing = config.activation_checkpointing
     model.to(device)
     if config.train_part == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not model.in_backbone(name))
-    network = distributed.wrap(model, model.backbone.layers, config.distributed.strategy, device, world)
+    network = distributed.wrap(model, model.layers, config.distributed.strategy, device, world)
     return Session(
         config=config,
         world=world,
@@ -229,7 +232,7 @@ def make_plan(session: Session, began: float, show: bool) -> Plan:
         class_names=session.splits.train.class_names,
         data_hash=data_hash(session.splits),
         world_size=session.world.size,
-        architecture=session.model.backbone.config.to_dict(),
+        architecture=session.model.config.to_dict(),
     )
 
 
@@ -347,7 +350,7 @@ def train_step(session: Session, batches: Iterator[Batch], step: int) -> StepRes
     for batch in group:
         batch = batch.to(device)
         with autocast(device, session.precision):
-            outputs = session.network(session.normalise(batch.images))
+            outputs = session.task.forward(session.network, session.normalise(batch.images), batch.targets)
         losses = session.task.losses(outputs, batch.targets)
         loss = torch.stack(list(losses.values())).sum() / accumulate
         loss_sum += loss.item()
@@ -420,7 +423,8 @@ def evaluate_and_keep(
 def keep_if_best(
     session: Session, plan: Plan, folder: Path, progress: Progress, lr: float, table: RunTable, writer: Events | None
 ) -> None:
-    scalars = session.task.scalars(evaluate(session))
+    report = evaluate(session)
+    scalars = session.task.scalars(report)
     epoch = progress.step * session.config.optimizer.accumulate / plan.batches_per_epoch
     row = {
         "step": float(progress.step),
@@ -437,7 +441,11 @@ def keep_if_best(
         progress.best, progress.best_step = score, progress.step
         weights = full_weights(session)
         if session.world.is_main:
-            save_model(folder / "model.safetensors", weights, describe(session, plan, scalars, progress.step))
+            save_model(
+                folder / "model.safetensors",
+                weights,
+                describe(session, plan, scalars, session.task.threshold(report), progress.step),
+            )
     if session.world.is_main:
         write_rows(folder / "metrics.csv", progress.rows)
     if writer is not None:
@@ -456,18 +464,21 @@ def full_weights(session: Session) -> dict[str, torch.Tensor]:
     return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
-def describe(session: Session, plan: Plan, scalars: dict[str, float], step: int) -> ModelCard:
+def describe(
+    session: Session, plan: Plan, scalars: dict[str, float], threshold: float | None, step: int
+) -> ModelCard:
     from saccade import __version__
 
     config = session.config
     start = f"weights {config.weights}" if config.weights else "random weights"
     return ModelCard(
-        task=config.task,
+        task=session.task.name,
         model=config.model,
         class_names=plan.class_names,
         preprocessing=config.preprocessing,
         architecture=plan.architecture,
         metrics=scalars,
+        threshold=threshold,
         training_data=f"{Path(config.data).name}, {len(session.splits.train)} pictures, sha256 {plan.data_hash[:16]}",
         provenance=f"saccade train from {start}, seed {config.seed}, step {step} of {plan.total_steps}",
         library_version=__version__,

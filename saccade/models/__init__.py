@@ -1,0 +1,71 @@
+"""Every model by name and by description: classifiers and embedders are a backbone's row, detectors have their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from saccade.backbones import BACKBONES, FAMILIES, build_backbone, fields_from_dict, row_from_dict
+from saccade.backbones import name_of as name_of_backbone
+from saccade.backbones.base import Row
+from saccade.config import closest
+from saccade.errors import UserError
+from saccade.models.classifier import Classifier
+from saccade.models.detector import Detector, DetectorRow
+from saccade.models.embedder import Embedder
+
+Network = Classifier | Embedder | Detector
+
+DETECTORS: dict[str, DetectorRow] = {}
+DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detector]]] = {}
+
+
+def model_row(name: str) -> Row:
+    """The table's row for the name of any model; an unknown name is an error that lists the closest ones."""
+    known: dict[str, Row] = {**BACKBONES, **DETECTORS}
+    if name not in known:
+        raise UserError(f"unknown model {name!r}{closest(name, tuple(known))} (`saccade models` lists all)")
+    return known[name]
+
+
+def task_of(row: Row) -> str:
+    """What a model of this row is for."""
+    return "detect" if isinstance(row, DetectorRow) else "classify"
+
+
+def name_of(row: Row) -> str:
+    """The name in the table of a row that weights of this one fit, or the family's with `-custom`."""
+    if isinstance(row, DetectorRow):
+        return next((name for name, known in DETECTORS.items() if known.is_like(row)), f"{row.family}-custom")
+    return name_of_backbone(row)
+
+
+def read_row(values: Any, where: str) -> Row:
+    """The row of any model that a file describes; a wrong or unknown field is a UserError that names `where`."""
+    family = values.get("family") if isinstance(values, dict) else None
+    if family in DETECTOR_FAMILIES:
+        backbone = row_from_dict(values.get("backbone"), where)
+        plain = {name: value for name, value in values.items() if name != "family"}
+        return fields_from_dict(DETECTOR_FAMILIES[family][0], {**plain, "backbone": backbone}, where)
+    return row_from_dict(values, where)
+
+
+def build_network(row: Row, classes: int) -> Network:
+    """The network of a row with random weights; of a backbone's row without classes an embedder."""
+    if isinstance(row, DetectorRow):
+        return DETECTOR_FAMILIES[row.family][1](row, classes)
+    return Classifier(build_backbone(row), classes) if classes else Embedder(build_backbone(row))
+
+
+__all__ = [
+    "BACKBONES",
+    "DETECTORS",
+    "DETECTOR_FAMILIES",
+    "FAMILIES",
+    "Network",
+    "build_network",
+    "model_row",
+    "name_of",
+    "read_row",
+    "task_of",
+]

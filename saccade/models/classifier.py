@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saccade.backbones.base import Backbone
+from saccade.backbones.base import Backbone, Row
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,20 @@ class Classifier(nn.Module):
         return (
             self.backbone.depth_of(parameter.removeprefix("backbone.")) if self.in_backbone(parameter) else self.depth
         )
+
+    @property
+    def config(self) -> Row:
+        """All that is needed to build it, beside the number of classes."""
+        return self.backbone.config
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self.backbone.layers
+
+    @staticmethod
+    def class_tensors() -> tuple[str, ...]:
+        """The tensors with a row per class."""
+        return "head.weight", "head.bias"
 
     @property
     def depth(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saccade.backbones.base import Backbone
+from saccade.backbones.base import Backbone, Row
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,8 @@ class Embedder(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> EmbedderOutputs:
         return EmbedderOutputs(self.backbone.summary(images))
+
+    @property
+    def config(self) -> Row:
+        """All that is needed to build it."""
+        return self.backbone.config

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from saccade.backbones import backbone_row
 from saccade.backbones.base import Row
 from saccade.config import RunConfig, build_config, closest, merge
 from saccade.data.loader import measure_sizes
 from saccade.data.sources import open_splits
 from saccade.engine.device import choose_device
 from saccade.errors import UserError
+from saccade.models import model_row, task_of
+from saccade.models.detector import DetectorRow
 from saccade.recipes.classify import fine_tune, large, linear_probe, small_from_scratch
+from saccade.recipes.detect import detect, detect_fine_tune
 from saccade.recipes.summary import DataSummary
 from saccade.weights.load import load_weights
 
@@ -30,6 +32,13 @@ RECIPES: dict[str, Callable[[DataSummary], dict[str, Any]]] = {
     "fine_tune": fine_tune,
     "linear_probe": linear_probe,
     "large": large,
+    "detect": detect,
+    "detect_fine_tune": detect_fine_tune,
+}
+# by task: from scratch, from weights, from weights with a frozen backbone
+USUAL = {
+    "classify": ("small_from_scratch", "fine_tune", "linear_probe"),
+    "detect": ("detect", "detect_fine_tune", "detect_fine_tune"),
 }
 
 
@@ -38,9 +47,7 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
     asked = build_config({**changes, "data": changes.get("data", "")})
     if not asked.data:
         raise UserError("no data: give a folder, a table, tar shards or a dataset, as in `saccade train photos/`")
-    if "model" in changes:
-        backbone_row(asked.model)
-    name = choose_recipe(asked)
+    named = model_row(asked.model) if "model" in changes else None
     start: dict[str, Any] = {}
     row: Row | None = None
     if asked.weights is not None:
@@ -48,17 +55,21 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         row = loaded.row
         start = {"model": loaded.card.model, "preprocessing": loaded.card.preprocessing.model_dump(mode="json")}
     summary = summarise(asked)
-    if name == "auto":
-        name = "large" if summary.samples >= 100_000 else "small_from_scratch"
+    name = choose_recipe(asked, summary)
+    if row is not None and task_of(row) != summary.task:
+        start = {"preprocessing": {k: v for k, v in start["preprocessing"].items() if k in ("mean", "std")}}
+        row = None  # of a backbone: the detector around it is chosen by the recipe, or named
     recipe = merge(RECIPES[name](summary), start)
     if row is None:
-        row = backbone_row(str(changes.get("model", recipe.get("model"))))
-    known = {field.name for field in fields(row)}
+        row = named or model_row(str(recipe.get("model")))
+    check_task(row, str(changes.get("model") or recipe.get("model")), summary, asked)
+    parts = [row, row.backbone] if isinstance(row, DetectorRow) else [row]
+    known = {field.name for part in parts for field in fields(part)}
     recipe["network"] = {name: value for name, value in recipe.get("network", {}).items() if name in known}
     settings = merge(recipe, changes)
     if any(changes.get(length) is not None for length in ("minutes", "steps")):
         settings["epochs"] = changes.get("epochs")  # the recipe's own length is only for those who name none
-    settings["recipe"] = name
+    settings["recipe"], settings["task"] = name, summary.task
     network = build_config({"data": asked.data, "network": settings.get("network", {})}).network
     preprocessing = dict(settings.get("preprocessing", {}))
     stride = preprocessing["stride"] = row.changed(network).stride
@@ -76,14 +87,29 @@ def smallest_size(stride: int) -> int:
     return min(FEWEST_TOKENS * stride, -(-LARGE_ENOUGH // stride) * stride)
 
 
-def choose_recipe(asked: RunConfig) -> str:
+def check_task(row: Row, model: str, summary: DataSummary, asked: RunConfig) -> None:
+    """Data, model and an explicit --task must be about the same."""
+    if asked.task is not None and asked.task != summary.task:
+        raise UserError(f"--task {asked.task}: {asked.data} holds {TARGETS[summary.task]}; leave --task out")
+    if task_of(row) != summary.task:
+        raise UserError(
+            f"--model {model}: is to {task_of(row)}, and {asked.data} holds {TARGETS[summary.task]}; "
+            f"`saccade models --task {summary.task}` lists those that fit"
+        )
+
+
+TARGETS = {"classify": "a class for each picture", "detect": "boxes around things"}
+
+
+def choose_recipe(asked: RunConfig, summary: DataSummary) -> str:
     if asked.recipe != "auto":
         if asked.recipe not in RECIPES:
             raise UserError(f"recipe: unknown {asked.recipe!r}{closest(asked.recipe, tuple(RECIPES))}")
         return asked.recipe
+    scratch, tune, probe = USUAL[summary.task]
     if asked.weights is not None:
-        return "linear_probe" if asked.train_part == "head" else "fine_tune"
-    return "auto"
+        return probe if asked.train_part == "head" else tune
+    return "large" if summary.task == "classify" and summary.samples >= 100_000 else scratch
 
 
 def summarise(config: RunConfig, probe: int = 512) -> DataSummary:
@@ -96,7 +122,7 @@ def summarise(config: RunConfig, probe: int = 512) -> DataSummary:
     height, width = np.median(readable, axis=0) if len(readable) else (224, 224)
     faster = GPU_SPEED if choose_device(config.device).type == "cuda" else 1
     seconds = None if config.minutes is None else 60 * config.minutes * faster
-    return DataSummary(len(splits.train), len(splits.train.class_names), int(height), int(width), seconds)
+    return DataSummary(splits.task, len(splits.train), len(splits.train.class_names), int(height), int(width), seconds)
 
 
 def free_run_folder(data: str) -> Path:

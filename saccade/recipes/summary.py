@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataSummary:
+    task: str
     samples: int
     classes: int
     height: int  # median, in pixels

@@ -1,0 +1,87 @@
+"""What can be learnt. A task is one file; here they are found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from saccade.backbones.base import Row
+from saccade.config import RunConfig
+from saccade.data.decode import Picture
+from saccade.data.loader import Collate, Transform
+from saccade.data.sample import Sample
+from saccade.errors import UserError
+from saccade.tasks.classification import ClassificationTask
+from saccade.tasks.detection import DetectionTask
+
+
+class Report(Protocol):
+    """What an evaluation found."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def render(self, console: Any) -> None: ...
+
+    def save(self, folder: Any) -> None: ...
+
+
+class Task(Protocol):
+    """What the engine needs to know of a task; it knows nothing of it otherwise."""
+
+    name: str
+    best: str  # the metric by which the kept model is chosen, higher is better
+    class_names: tuple[str, ...]
+    train_transform: Transform
+    train_collate: Collate
+    eval_transform: Transform
+    eval_collate: Collate
+
+    def forward(self, network: nn.Module, images: Tensor, targets: Any) -> Any:
+        """The outputs of a training step."""
+
+    def losses(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Named, already weighted scalars, whose sum is learnt from."""
+        ...
+
+    def metric(self) -> Any:
+        """An empty metric: `update` fills it, `state` and `merge` join processes, `compute` gives a Report."""
+
+    def update(self, metric: Any, outputs: Any, targets: Any) -> None: ...
+
+    def scalars(self, report: Any) -> dict[str, float]:
+        """The figures of a report that a run's table shows."""
+        ...
+
+    def threshold(self, report: Any) -> float | None:
+        """From which score on a prediction should be believed, for the model file."""
+
+    def predict(
+        self,
+        network: Any,
+        images: Tensor,
+        pictures: Sequence[Picture],
+        samples: Sequence[Sample],
+        *,
+        threshold: float | None,
+        explained: bool,
+    ) -> list[Any]:
+        """A prediction for each of the normalised images (B, 3, H, W), of the pictures that `samples` were made from.
+
+        Without a `threshold` a detector gives all that it sees.
+        """
+        ...
+
+
+TASKS: dict[str, Callable[[tuple[str, ...], RunConfig, Row], Task]] = {
+    "classify": ClassificationTask,
+    "detect": DetectionTask,
+}
+
+
+def build_task(name: str, class_names: tuple[str, ...], config: RunConfig, row: Row) -> Task:
+    """The task of a model of this row."""
+    if name not in TASKS:
+        raise UserError(f"a model for the task {name!r}; this saccade knows {', '.join(TASKS)}")
+    return TASKS[name](class_names, config, row)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
+import numpy as np
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.backbones.base import Row
 from saccade.config import RunConfig
+from saccade.data.decode import Picture
+from saccade.data.sample import Sample
 from saccade.data.transforms import EvalTransform, TrainTransform, collate_eval, collate_train
+from saccade.errors import UserError
+from saccade.explain import explain
 from saccade.metrics.classification import ClassificationMetric, ClassificationReport
-from saccade.models.classifier import ClassifierOutputs
+from saccade.models.classifier import Classifier, ClassifierOutputs
+from saccade.models.embedder import Embedder
+from saccade.predictions import Classification
 
 
 class ClassificationTask:
@@ -20,13 +28,17 @@ class ClassificationTask:
     name = "classify"
     best = "top1"  # the metric by which the kept model is chosen, higher is better
 
-    def __init__(self, class_names: tuple[str, ...], config: RunConfig):
+    def __init__(self, class_names: tuple[str, ...], config: RunConfig, row: Row):
         self.class_names = class_names
         self.label_smoothing = config.loss.label_smoothing
         self.train_transform = TrainTransform(config.augment, config.train_preprocessing)
         self.train_collate = partial(collate_train, num_classes=len(class_names))
         self.eval_transform = EvalTransform(config.preprocessing)
         self.eval_collate = collate_eval
+
+    @staticmethod
+    def forward(network: nn.Module, images: Tensor, targets: Tensor) -> ClassifierOutputs:
+        return network(images)
 
     def losses(self, outputs: ClassifierOutputs, targets: Tensor) -> dict[str, Tensor]:
         """Cross-entropy against soft targets (B, K); a target of zeros counts for nothing."""
@@ -48,7 +60,39 @@ class ClassificationTask:
         shown = {"loss": report.loss, "top1": report.top1, "top5": report.top5}
         return {name: value for name, value in shown.items() if value is not None}
 
+    @staticmethod
+    def threshold(report: ClassificationReport) -> None:
+        """None: the most likely class is the answer, however likely."""
 
-def probabilities(outputs: ClassifierOutputs) -> Tensor:
-    """(B, K), rows sum to one."""
-    return torch.softmax(outputs.logits.float(), dim=1)
+    def predict(
+        self,
+        network: Classifier | Embedder,
+        images: Tensor,
+        pictures: Sequence[Picture],
+        samples: Sequence[Sample],
+        *,
+        threshold: float | None,
+        explained: bool,
+    ) -> list[Classification]:
+        if not isinstance(network, Classifier):
+            raise UserError("the model has no classes; `saccade embed` gives vectors, or train a head on it")
+        shares = network(images).logits.float().softmax(dim=1).cpu().numpy()  # (B, K)
+        maps = explain(network, images).cpu().numpy() if explained else [None] * len(shares)
+        return [
+            self._describe(*each) for each in zip(pictures, samples, shares, maps, strict=True)
+        ]
+
+    def _describe(
+        self, picture: Picture, sample: Sample, shares: np.ndarray, heat: np.ndarray | None
+    ) -> Classification:
+        best = np.argsort(-shares, kind="stable")[:5]
+        return Classification(
+            label=self.class_names[best[0]],
+            score=float(shares[best[0]]),
+            top=tuple((self.class_names[k], float(shares[k])) for k in best),
+            probabilities=shares,
+            source=picture.name,
+            image=picture.whole() if heat is not None else None,
+            attention=heat,
+            region=sample.region,
+        )

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.backbones import build_backbone, row_from_dict
+from saccade.backbones import build_backbone
 from saccade.backbones.base import Row
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
+from saccade.models import read_row
 from saccade.verification.certificate import FORMAT, compare_recorded, read_certificate, record
 from saccade.verification.compare import (
     DTYPES,
@@ -169,7 +170,7 @@ def open_subject(source: str, model: str | None = None, branch: str | None = Non
     """Weights from wherever they are. Those of saccade itself are written in a dialect that has a reference."""
     if is_ours(Path(source)):
         loaded = load_weights(source)
-        row, classes = row_from_dict(loaded.card.architecture, loaded.where), len(loaded.card.class_names)
+        row, classes = read_row(loaded.card.architecture, loaded.where), len(loaded.card.class_names)
         written = _write_for_reference(row, classes, loaded.weights)
         if written is None:
             raise UserError(f"{source}: no reference code is known for such a model ({row.family}, {row.about})")

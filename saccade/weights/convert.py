@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from saccade import __version__
-from saccade.backbones import backbone_row, build_backbone, name_of
 from saccade.backbones.base import Row
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
-from saccade.models.classifier import Classifier
-from saccade.models.embedder import Embedder
+from saccade.models import build_network, model_row, name_of, task_of
 from saccade.weights import recognition
 from saccade.weights.descriptions import read_class_names, read_preprocessing
 from saccade.weights.formats.table import Format, Rule, Shapes, read_state
@@ -49,7 +47,7 @@ class Imported:
     def card(self) -> ModelCard:
         """The description for a model file."""
         return ModelCard(
-            task="classify" if self.class_names else "embed",
+            task=task_of(self.row) if self.class_names else "embed",
             model=name_of(self.row),
             architecture=self.row.to_dict(),
             class_names=self.class_names,
@@ -113,8 +111,7 @@ def describe_network(where: str, row: Row, classes: int) -> nn.Module:
     """The network on the meta device, for its shapes; it takes no memory."""
     try:
         with torch.device("meta"):
-            backbone = build_backbone(row)
-            return Classifier(backbone, classes) if classes else Embedder(backbone)
+            return build_network(row, classes)
     except recognition.ODD as error:
         raise UserError(f"{where}: describes a model that cannot be built ({error})") from None
 
@@ -125,7 +122,7 @@ def _row(raw: RawWeights, form: Format, shapes: Shapes, model: str | None, notes
         if not raw.config:
             notes.append(f"no config.json: the form is read from the shapes ({row.about}); --model NAME says otherwise")
         return row
-    row = backbone_row(model)
+    row = model_row(model)
     if row.family != form.family:
         raise UserError(f"--model {model}: of the family {row.family!r}, but {raw.where} holds a {form.name}")
     try:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from saccade.backbones import row_from_dict
 from saccade.errors import UserError
+from saccade.models import read_row
 from saccade.weights.convert import describe_network, import_weights
 from saccade.weights.descriptions import write_preprocessor, write_pretrained_cfg
 from saccade.weights.formats import FORMATS
@@ -91,7 +91,7 @@ def convert(
         raw = open_weights(source, branch=branch)
         found = import_weights(raw, model=model, keep_head=keep_head)
         weights, card, notes, read_as = found.weights, found.card(), [*raw.notes, *found.notes], found.format.name
-    row = row_from_dict(card.architecture, str(source))
+    row = read_row(card.architecture, str(source))
     network = describe_network(str(source), row, len(card.class_names))
     check_weights(weights, network.state_dict(), str(source))
     try:
@@ -152,7 +152,7 @@ def _without_head(
 
 def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str, where: str = "") -> dict[str, bytes]:
     """The files of a folder in the hub's layout, by name."""
-    row, classes = row_from_dict(card.architecture, where or card.model), len(card.class_names)
+    row, classes = read_row(card.architecture, where or card.model), len(card.class_names)
     form = _writer(row.family, dialect, where or card.model)
     try:
         rules, config = form.rules(row, classes), form.write_config(row, classes)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saccade.backbones import BACKBONES, build_backbone, row_from_dict
 from saccade.backbones.base import Row
 from saccade.config import RunConfig
 from saccade.errors import UserError
-from saccade.models.classifier import Classifier
+from saccade.models import BACKBONES, DETECTORS, Network, build_network, model_row, read_row
+from saccade.models.detector import Detector, DetectorRow
 from saccade.models.embedder import Embedder
 from saccade.weights.convert import import_weights
 from saccade.weights.model_file import ModelCard, check_weights, find_model, load_model_file, read_metadata
@@ -38,7 +38,7 @@ def load_weights(source: str | Path) -> Loaded:
     if is_ours(path):
         path = find_model(path)
         weights, card = load_model_file(path)
-        return Loaded(weights, row_from_dict(card.architecture, str(path)), card, str(path), [])
+        return Loaded(weights, read_row(card.architecture, str(path)), card, str(path), [])
     raw = open_weights(str(source))
     found = import_weights(raw)
     return Loaded(found.weights, found.row, found.card(), str(source), [*raw.notes, *found.notes])
@@ -55,58 +55,76 @@ def is_ours(path: Path) -> bool:
     return metadata is None or "saccade" in metadata
 
 
-def build_network(card: ModelCard, where: str = "model file") -> Classifier | Embedder:
-    """The network that a model file describes, with random weights."""
-    backbone = build_backbone(row_from_dict(card.architecture, where))
-    return Classifier(backbone, len(card.class_names)) if card.class_names else Embedder(backbone)
-
-
-def load_network(source: str | Path) -> tuple[Classifier | Embedder, ModelCard]:
+def load_network(source: str | Path) -> tuple[Network, ModelCard]:
     """The network of any source of weights, strictly loaded, ready to predict."""
     loaded = load_weights(source)
-    return fill(loaded.weights, loaded.card, loaded.where).eval(), loaded.card
+    return fill(loaded.weights, loaded.row, loaded.card, loaded.where).eval(), loaded.card
 
 
-def fill(weights: dict[str, Tensor], card: ModelCard, where: str) -> Classifier | Embedder:
+def fill(weights: dict[str, Tensor], row: Row, card: ModelCard, where: str) -> Network:
     """The described network with these weights. They are checked before memory is taken for it."""
     try:
         with torch.device("meta"):
-            check_weights(weights, build_network(card, where).state_dict(), where)
-        network = build_network(card, where)
+            check_weights(weights, build_network(row, len(card.class_names)).state_dict(), where)
+        network = build_network(row, len(card.class_names))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     network.load_state_dict(weights)
     return network
 
 
-def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Classifier, list[str]]:
+def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Network, list[str]]:
     """The network a run begins with, and what was changed on the way: from scratch, or from `config.weights`.
 
-    A head for other classes is made anew, and what belongs to another resolution is interpolated; both are said.
+    What scores classes is made anew for other classes, and what belongs to another resolution is interpolated. A
+    detector may begin with a backbone alone, such as a classifier's. All of it is said.
     """
-    size = config.preprocessing.image_size
+    size, K = config.preprocessing.image_size, len(class_names)
     if config.weights is None:
-        return Classifier(build_backbone(config.model, config.network, size), len(class_names)), []
+        return build_network(model_row(config.model).changed(config.network, size), K), []
     loaded = load_weights(config.weights)
     card, where = loaded.card, loaded.where
-    if config.model != card.model and not (config.model in BACKBONES and BACKBONES[config.model].is_like(loaded.row)):
-        raise UserError(f"{where}: holds a {card.model}, not a {config.model}; leave --model out, or give that name")
-    fill(loaded.weights, card, where)
-    network = Classifier(build_backbone(loaded.row, config.network, size), len(class_names))
+    row = starting_row(config, loaded)
+    fill(loaded.weights, loaded.row, card, where)
+    network = build_network(row.changed(config.network, size), K)
+    assert not isinstance(network, Embedder)  # there are classes
     notes = [f"weights from {where} ({card.training_data or 'unknown data'}; licence: {card.licence})", *loaded.notes]
-    weights = dict(loaded.weights)
-    if card.class_names != class_names:
+    weights, fresh = dict(loaded.weights), network.state_dict()
+    if isinstance(network, Detector) and not isinstance(loaded.row, DetectorRow):
+        weights = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX) and name in fresh}
+        weights = {**{name: tensor for name, tensor in fresh.items() if not name.startswith(PREFIX)}, **weights}
+        notes.append(f"only its backbone is taken; what finds {K} classes of things is new")
+    elif card.class_names != class_names:
+        head = network.class_tensors()
         if card.class_names and set(card.class_names) == set(class_names):
             order = torch.tensor([card.class_names.index(name) for name in class_names])
-            weights.update({name: weights[name][order] for name in ("head.weight", "head.bias")})
+            for name in head:
+                moved = weights[name].clone()
+                moved[:K] = weights[name][order]  # beyond the classes there may be one for nothing
+                weights[name] = moved
         else:
-            fresh = network.state_dict()
-            weights.update({name: fresh[name] for name in ("head.weight", "head.bias")})
+            weights.update({name: fresh[name] for name in head})
             old = f"its head for {len(card.class_names)} other classes is left out; " if card.class_names else ""
-            notes.append(f"{old}a new head for {len(class_names)}")
+            notes.append(f"{old}a new head for {K}")
     inner = {name.removeprefix(PREFIX): weights.pop(name) for name in list(weights) if name.startswith(PREFIX)}
-    notes += network.backbone.adapt(inner, loaded.row)
+    backbone = loaded.row.backbone if isinstance(loaded.row, DetectorRow) else loaded.row
+    notes += network.backbone.adapt(inner, backbone)
     weights.update({PREFIX + name: tensor for name, tensor in inner.items()})
     check_weights(weights, network.state_dict(), where)
     network.load_state_dict(weights)
     return network, notes
+
+
+def starting_row(config: RunConfig, loaded: Loaded) -> Row:
+    """The architecture of a run that starts from weights: theirs, or a detector around them."""
+    model, where, row = config.model, loaded.where, loaded.row
+    wanted = {**BACKBONES, **DETECTORS}.get(model)
+    if isinstance(wanted, DetectorRow) and not isinstance(row, DetectorRow):
+        if wanted.backbone.is_like(row):
+            return wanted
+        raise UserError(f"{where}: holds a {loaded.card.model}; a {model} is built on {wanted.backbone.about}")
+    if model != loaded.card.model and not (wanted is not None and wanted.is_like(row)):
+        raise UserError(
+            f"{where}: holds a {loaded.card.model}, not a {model}; leave --model out, or give that name"
+        )
+    return row

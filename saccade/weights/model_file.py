@@ -33,6 +33,7 @@ class ModelCard:
     class_names: tuple[str, ...]  # none: features only
     preprocessing: PreprocessingConfig
     metrics: dict[str, float] = field(default_factory=dict)
+    threshold: float | None = None  # from which score on a prediction should be believed
     training_data: str = ""
     licence: str = "as the training data allows"
     provenance: str = ""
@@ -58,6 +59,7 @@ class ModelCard:
                 architecture=dict(values["architecture"]),
                 class_names=tuple(str(name) for name in values["class_names"]),
                 preprocessing=PreprocessingConfig.model_validate(values["preprocessing"]),
+                threshold=None if values.get("threshold") is None else float(values["threshold"]),
                 metrics={str(k): float(v) for k, v in values.get("metrics", {}).items()},
                 **{k: str(values.get(k, "")) for k in ("training_data", "licence", "provenance", "library_version")},
             )
