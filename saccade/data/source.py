@@ -160,6 +160,10 @@ class Boxes:
         )
 
 
+def _no_numbers() -> np.ndarray:
+    return np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BoxSource(Source):
     """A file per picture, and the things in it: those of picture i are `starts[i]` to `starts[i + 1]`."""
@@ -170,7 +174,11 @@ class BoxSource(Source):
     labels: np.ndarray  # int64 (M,)
     crowd: np.ndarray  # bool (M,)
     area: np.ndarray  # float32 (M,)
-    ids: tuple[str, ...] = ()  # what messages call each of the M, such as "annotation 17"
+    ids: np.ndarray = field(default_factory=_no_numbers)  # int64 (M,), or none: what `place` calls them by
+    declared: np.ndarray = field(default_factory=_no_numbers)  # int64 (N, 2), or none: height and width as the
+    # annotations state them, 0 where they do not; the pictures themselves may say otherwise
+    annotated: tuple[str, ...] = ()  # the file with the annotations: one for all pictures, or one for each
+    unit: str = "annotation"  # what one annotation is called in messages: "object", "line"
     numbers: tuple[int, ...] = ()  # of the pictures, where the format gives them (COCO); for results in its form
 
     def __len__(self) -> int:
@@ -178,6 +186,12 @@ class BoxSource(Source):
 
     def id(self, i: int) -> str:
         return self.files[i]
+
+    def place(self, i: int, k: int) -> str:
+        """What messages call annotation `k` of all, which is in picture `i`: its file and its number there."""
+        file = self.annotated[i if len(self.annotated) > 1 else 0] if self.annotated else self.files[i]
+        number = int(self.ids[k]) if len(self.ids) else k - int(self.starts[i])
+        return place(file, self.unit, number)
 
     def read(self, i: int) -> bytes:
         with self.open(i) as file:
@@ -189,6 +203,23 @@ class BoxSource(Source):
     def target(self, i: int) -> Boxes:
         part = slice(int(self.starts[i]), int(self.starts[i + 1]))
         return Boxes(self.boxes[part], self.labels[part], self.crowd[part], self.area[part])
+
+    def pictures(self) -> np.ndarray:
+        """The picture of each thing, int64 (M,)."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def keep(self, chosen: np.ndarray) -> Self:
+        """The same pictures with some of the things, bool (M,)."""
+        counts = np.bincount(self.pictures()[chosen], minlength=len(self))
+        return replace(
+            self,
+            starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            boxes=self.boxes[chosen],
+            labels=self.labels[chosen],
+            crowd=self.crowd[chosen],
+            area=self.area[chosen],
+            ids=self.ids[chosen] if len(self.ids) else self.ids,
+        )
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Self:
         indices = np.asarray(indices, dtype=np.int64)
@@ -202,7 +233,9 @@ class BoxSource(Source):
             labels=self.labels[chosen],
             crowd=self.crowd[chosen],
             area=self.area[chosen],
-            ids=tuple(self.ids[i] for i in chosen) if self.ids else (),
+            ids=self.ids[chosen] if len(self.ids) else self.ids,
+            declared=self.declared[indices] if len(self.declared) else self.declared,
+            annotated=tuple(self.annotated[i] for i in indices) if len(self.annotated) > 1 else self.annotated,
             numbers=tuple(self.numbers[i] for i in indices) if self.numbers else (),
         )
 
@@ -237,6 +270,13 @@ class Found:
     splits: dict[str, Source] = field(default_factory=dict)  # train, val, test; or all, where nothing says more
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def place(file: str, unit: str, number: int) -> str:
+    """`file, annotation 17`; `file:3` of a line; `file, annotations[16]` of one without an id, whose number is -17."""
+    if unit == "line":
+        return f"{file}:{number}"
+    return f"{file}, {unit} {number}" if number >= 0 else f"{file}, {unit}s[{-1 - number}]"
 
 
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:

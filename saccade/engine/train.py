@@ -441,11 +441,8 @@ def keep_if_best(
         progress.best, progress.best_step = score, progress.step
         weights = full_weights(session)
         if session.world.is_main:
-            save_model(
-                folder / "model.safetensors",
-                weights,
-                describe(session, plan, scalars, session.task.threshold(report), progress.step),
-            )
+            card = describe(session, plan, scalars, session.task.threshold(report), progress.step)
+            save_model(folder / "model.safetensors", weights, card)
     if session.world.is_main:
         write_rows(folder / "metrics.csv", progress.rows)
     if writer is not None:

@@ -43,7 +43,7 @@ def name_of(row: Row) -> str:
 def read_row(values: Any, where: str) -> Row:
     """The row of any model that a file describes; a wrong or unknown field is a UserError that names `where`."""
     family = values.get("family") if isinstance(values, dict) else None
-    if family in DETECTOR_FAMILIES:
+    if isinstance(family, str) and family in DETECTOR_FAMILIES:
         backbone = row_from_dict(values.get("backbone"), where)
         plain = {name: value for name, value in values.items() if name != "family"}
         return fields_from_dict(DETECTOR_FAMILIES[family][0], {**plain, "backbone": backbone}, where)

@@ -61,6 +61,11 @@ def load_network(source: str | Path) -> tuple[Network, ModelCard]:
     return fill(loaded.weights, loaded.row, loaded.card, loaded.where).eval(), loaded.card
 
 
+def described_network(card: ModelCard, where: str = "model file") -> Network:
+    """The network that a model file describes, with random weights."""
+    return build_network(read_row(card.architecture, where), len(card.class_names))
+
+
 def fill(weights: dict[str, Tensor], row: Row, card: ModelCard, where: str) -> Network:
     """The described network with these weights. They are checked before memory is taken for it."""
     try:

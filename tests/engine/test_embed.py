@@ -26,7 +26,7 @@ from saccade.engine import embed as engine
 from saccade.engine.embed import embed_to_file
 from saccade.engine.predict import Model
 from saccade.errors import UserError
-from saccade.weights.load import build_network
+from saccade.weights.load import described_network
 from saccade.weights.model_file import ModelCard, save_model
 
 SIZES = [(40, 40), (30, 60), (64, 32), (20, 20), (33, 35), (31, 62), (60, 30), (25, 25), (50, 24), (44, 44)]  # (h, w)
@@ -41,7 +41,7 @@ CARD = ModelCard(
 
 def write_model(path: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    network = build_network(CARD)
+    network = described_network(CARD)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))  # so that every picture has a vector of its own

@@ -15,7 +15,7 @@ from saccade.engine.predict import Model, list_inputs
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
 from saccade.predictions import Classification
-from saccade.weights.load import build_network
+from saccade.weights.load import described_network
 from saccade.weights.model_file import ModelCard, save_model
 
 CARD = ModelCard(
@@ -31,7 +31,7 @@ SIZES = [(40, 40), (30, 60), (64, 32), (7, 5), (100, 41), (33, 35), (48, 40)]  #
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    network = build_network(CARD)
+    network = described_network(CARD)
     assert isinstance(network, Classifier)
     torch.nn.init.normal_(network.head.weight)  # so that answers differ from picture to picture
     path = tmp_path_factory.mktemp("run") / "model.safetensors"

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade import UserError
-from saccade.backbones import backbone_row, build_backbone
 from saccade.backbones.base import Row
 from saccade.backbones.vit import VIT
 from saccade.cli import main
 from saccade.config import PreprocessingConfig
+from saccade.models import build_backbone, model_row
 from saccade.models.classifier import Classifier
 from saccade.weights import convert as convert_module
 from saccade.weights import export, recognition
@@ -158,12 +158,12 @@ def test_bare_file() -> None:
 
 
 def test_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "backbone_row", lambda name: replace(ROW, heads=4, image_size=224))
+    monkeypatch.setattr(convert_module, "model_row", lambda name: replace(ROW, heads=4, image_size=224))
     found = import_weights(raw(config={}), model="toy4")
     assert found.row == replace(ROW, heads=4), "heads as named, the grid as the weights have it"
-    monkeypatch.setattr(convert_module, "backbone_row", lambda name: replace(ROW, depth=3))
+    monkeypatch.setattr(convert_module, "model_row", lambda name: replace(ROW, depth=3))
     fails(raw(config={}), "missing: net.blocks.2.", model="toy4")
-    monkeypatch.setattr(convert_module, "backbone_row", backbone_row)
+    monkeypatch.setattr(convert_module, "model_row", model_row)
     fails(raw(), "unknown model 'vit_mikro'", model="vit_mikro")
 
 
@@ -223,7 +223,7 @@ def test_hostile_config(config: dict[str, Any]) -> None:
 
 
 def test_absurd_sizes_are_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "build_backbone", lambda row: pytest.fail("built"))
+    monkeypatch.setattr(convert_module, "build_network", lambda row, classes: pytest.fail("built"))
     fails(raw(config={"model_type": "toy", "depth": 10**9}), "claims depth = 1000000000")
 
 

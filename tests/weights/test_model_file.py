@@ -20,7 +20,7 @@ from saccade import UserError
 from saccade.backbones import backbone_row
 from saccade.config import NetworkConfig, PreprocessingConfig, RunConfig, build_config
 from saccade.layers.positions import resize_positions
-from saccade.weights.load import build_network, initial_network, load_network
+from saccade.weights.load import described_network, initial_network, load_network
 from saccade.weights.model_file import ModelCard, find_model, load_model_file, save_model
 
 CARD = ModelCard(
@@ -39,7 +39,7 @@ CARD = ModelCard(
 
 def weights_of(card: ModelCard) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    return build_network(card).state_dict()
+    return described_network(card).state_dict()
 
 
 def write(path: Path, weights: dict[str, Tensor], values: Any = None) -> Path:
