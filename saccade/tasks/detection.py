@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from saccade.backbones.base import Row
 from saccade.config import RunConfig
 from saccade.models.detector import BoxTargets, DetectionOutputs, DetectorRow
+from saccade.tasks.set_loss import DEFORMABLE_DETR, DETR
 
 # (outputs, targets) -> named, already weighted scalars
 Loss = Callable[[Any, BoxTargets], dict[str, Tensor]]
-LOSSES: dict[str, Callable[[DetectorRow, RunConfig], Loss]] = {}
+LOSSES: dict[str, Callable[[DetectorRow, RunConfig], Loss]] = {
+    "detr": lambda row, config: DETR,
+    "deformable_detr": lambda row, config: DEFORMABLE_DETR,
+}
 
 
 class DetectionTask:
