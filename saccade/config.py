@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,6 +58,9 @@ class DataConfig(Config):
     cache_bytes: int = Field(default=2**30, ge=0, description="how much memory that cache may take in each process")
 
 
+Zoom = Annotated[float, Field(ge=0.05, le=20)]
+
+
 class AugmentConfig(Config):
     """Random changes of a training picture; each is drawn from the sample's own seed."""
 
@@ -65,25 +68,42 @@ class AugmentConfig(Config):
         default=1.0, gt=0.1, le=1, description="image_size in training, as a share of the one in evaluation"
     )
     crop_scale: tuple[float, float] = Field(
-        default=(0.35, 1.0), description="share of the area that a random crop keeps"
+        default=(0.35, 1.0), description="classification: share of the area that a random crop keeps"
     )
     crop_aspect: tuple[float, float] = Field(
         default=(0.75, 1.3333), description="aspect of the crop relative to the picture's"
     )
+    zoom: tuple[Zoom, Zoom] = Field(
+        default=(0.6, 1.7), description="detection: size of things relative to evaluation; below 1 with padding around"
+    )
     hflip: float = Field(default=0.5, ge=0, le=1, description="probability of a left-right flip")
     vflip: float = Field(default=0.0, ge=0, le=1, description="probability of a top-bottom flip")
     policy: Literal["none", "trivial", "rand"] = Field(
-        default="trivial", description="TrivialAugment, RandAugment or neither"
+        default="trivial", description="TrivialAugment, RandAugment or neither; detection takes their colours only"
     )
     magnitude: int = Field(default=7, ge=0, le=30, description="strength of RandAugment")
     color_jitter: float = Field(
         default=0.0, ge=0, le=1, description="strength of random brightness, contrast and saturation"
     )
-    erase: float = Field(default=0.0, ge=0, le=1, description="probability that a random rectangle is erased")
+    erase: float = Field(
+        default=0.0, ge=0, le=1, description="classification: probability that a random rectangle is erased"
+    )
     mixup: float = Field(default=0.0, ge=0, description="alpha of mixup's Beta distribution; 0 is off")
-    cutmix: float = Field(default=0.0, ge=0, description="alpha of cutmix's Beta distribution; 0 is off")
+    cutmix: float = Field(default=0.0, ge=0, description="classification: alpha of cutmix's Beta distribution; 0 is off")
     mix_prob: float = Field(
         default=1.0, ge=0, le=1, description="probability that a sample is mixed, where either is on"
+    )
+    mosaic: float = Field(
+        default=0.0, ge=0, le=1, description="detection: probability that a picture is put together from four"
+    )
+    copy_paste: float = Field(
+        default=0.0, ge=0, le=1, description="detection: probability that things from another picture are pasted in"
+    )
+    strong_until: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="detection: share of the run after which mosaic, copy_paste, mixup and policy are off",
     )
 
 

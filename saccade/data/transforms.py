@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
 from saccade.config import AugmentConfig, PreprocessingConfig
+from saccade.data.colours import jitter
 from saccade.data.decode import RESAMPLE, Box, Picture
 from saccade.data.sample import Around, Batch, Sample
 
@@ -56,7 +57,7 @@ class TrainTransform:
         if self.policy is not None:
             image = _with_torch_seed(self.policy, image, int(rng.integers(2**63)))
         if augment.color_jitter:
-            image = _jitter(image, augment.color_jitter, rng)
+            image = jitter(image, augment.color_jitter, rng)
         pixels = to_tensor(image)
         if augment.erase and rng.random() < augment.erase:
             _erase(pixels, rng)
@@ -153,14 +154,6 @@ def _with_torch_seed(transform: Any, image: Image.Image, seed: int) -> Image.Ima
         return transform(image)
     finally:
         generator.set_state(state)
-
-
-def _jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation by factors of 1 +- strength, in a random order."""
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for k in rng.permutation(len(enhancers)):
-        image = enhancers[k](image).enhance(rng.uniform(1 - strength, 1 + strength))
-    return image
 
 
 def _erase(pixels: Tensor, rng: np.random.Generator) -> None:

@@ -1,9 +1,7 @@
-"""What a model says of a picture: text, JSON, and a picture that shows why."""
+"""The class of a picture: text, JSON, and a picture that shows why."""
 
 from __future__ import annotations
 
-import io
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from saccade.drawing import BLUE, FAINT, GREEN, INK, RED, Region, heat_colours, heat_range, overlay, typeface
 from saccade.errors import UserError
+from saccade.predictions.cards import GAP, MARGIN, TRACK, percent, write, write_new
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-TRACK = "#e4e7eb"
-MARGIN, GAP = 28, 20
 SHEET_LIMIT = 100
 
 
@@ -36,8 +32,8 @@ class Classification:
     region: Region | None = None  # what the model saw: left, top, right, bottom in pixels; none: all of it
 
     def __str__(self) -> str:
-        others = ", ".join(f"{name} {_percent(score)}" for name, score in self.top[1:3])
-        return f"{self.source}: {self.label} {_percent(self.score)}" + (f" ({others})" if others else "")
+        others = ", ".join(f"{name} {percent(score)}" for name, score in self.top[1:3])
+        return f"{self.source}: {self.label} {percent(self.score)}" + (f" ({others})" if others else "")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the answer without pixels and without the many small probabilities."""
@@ -54,7 +50,7 @@ class Classification:
         A path without a suffix is a folder, in which the file is named after the source. No file is ever overwritten:
         the name becomes name-1.png, and so on. UserError where there is no picture or it cannot be written.
         """
-        return _write_new(_draw_card(self), path, self.source)
+        return write_new(_draw_card(self), path, self.source)
 
 
 def contact_sheet(predictions: Sequence[Classification], path: str | Path, truths: Sequence[str] | None = None) -> Path:
@@ -64,11 +60,7 @@ def contact_sheet(predictions: Sequence[Classification], path: str | Path, truth
         raise UserError("there are no predictions to draw")
     if truths is not None and len(truths) != len(predictions):
         raise UserError(f"{len(predictions)} predictions cannot be compared with {len(truths)} true labels")
-    return _write_new(_draw_sheet(predictions, truths), path, "contact sheet")
-
-
-def _percent(score: float) -> str:
-    return f"{100 * score:.1f} %"
+    return write_new(_draw_sheet(predictions, truths), path, "contact sheet")
 
 
 def _draw_card(result: Classification) -> Image.Image:
@@ -103,18 +95,18 @@ def _panel_height(result: Classification) -> int:
 def _draw_panel(draw: ImageDraw.ImageDraw, result: Classification, corner: tuple[int, int], width: int) -> None:
     """Label and score, the source, and a bar for each of the first classes."""
     x, y = corner
-    score = _percent(result.score)
-    _text(draw, (x + width, y + 28), score, 26, INK, anchor="rs")
+    score = percent(result.score)
+    write(draw, (x + width, y + 28), score, 26, INK, anchor="rs")
     room = width - typeface(score, 26).getlength(score) - 16
     label = " ".join(result.label.split())
     size = next((size for size in (28, 24, 20) if typeface(label, size, bold=True).getlength(label) <= room), 17)
-    _text(draw, (x, y + 28), label, size, INK, width=room, bold=True)
-    _text(draw, (x, y + 56), Path(result.source).name, 15, FAINT, width=width)
+    write(draw, (x, y + 28), label, size, INK, width=room, bold=True)
+    write(draw, (x, y + 56), Path(result.source).name, 15, FAINT, width=width)
     y += 84
     for i, (name, value) in enumerate(result.top):
-        number = _percent(value)
-        _text(draw, (x + width, y + 16), number, 16, INK, anchor="rs")
-        _text(draw, (x, y + 16), name, 16, INK, width=width - typeface(number, 16).getlength(number) - 12)
+        number = percent(value)
+        write(draw, (x + width, y + 16), number, 16, INK, anchor="rs")
+        write(draw, (x, y + 16), name, 16, INK, width=width - typeface(number, 16).getlength(number) - 12)
         draw.rectangle((x, y + 24, x + width - 1, y + 30), fill=TRACK)
         filled = round(width * min(max(value, 0), 1))
         if filled:
@@ -131,9 +123,9 @@ def _draw_scale(draw: ImageDraw.ImageDraw, heat: np.ndarray, corner: tuple[int, 
     values = np.linspace(heat.min(), heat.max(), width)
     for i, colour in enumerate(heat_colours((values - low) / (high - low))):
         draw.line((x + i, y, x + i, y + 8), fill=tuple(round(255 * float(part)) for part in colour))
-    share = _percent(float(heat.min() / heat.max())) if heat.max() > 0 else "0 %"
-    _text(draw, (x, y + 26), f"looked at: {share} of the most", 13, FAINT)
-    _text(draw, (x + width, y + 26), "most", 13, FAINT, anchor="rs")
+    share = percent(float(heat.min() / heat.max())) if heat.max() > 0 else "0 %"
+    write(draw, (x, y + 26), f"looked at: {share} of the most", 13, FAINT)
+    write(draw, (x + width, y + 26), "most", 13, FAINT, anchor="rs")
 
 
 def _draw_sheet(predictions: Sequence[Classification], truths: Sequence[str] | None) -> Image.Image:
@@ -164,7 +156,7 @@ def _draw_sheet(predictions: Sequence[Classification], truths: Sequence[str] | N
         title = f"{right} of {len(predictions)} right" if truths is not None else f"{len(predictions)} predictions"
         if len(shown) < len(predictions):
             title += f" (the first {len(shown)} are shown)"
-        _text(draw, (MARGIN, MARGIN + 20), title, 22, INK, bold=True, width=width - 2 * MARGIN)
+        write(draw, (MARGIN, MARGIN + 20), title, 22, INK, bold=True, width=width - 2 * MARGIN)
 
     for i, result in enumerate(shown):
         x, y = MARGIN + i % columns * cell[0], MARGIN + head + i // columns * cell[1]
@@ -190,38 +182,14 @@ def _draw_caption(
     if truth is not None:
         draw.rectangle((x, y + 3, x + width - 1, y + 6), fill=colour)
         y += 6
-        _text(draw, (x, y + 20), "✓" if right else "✗", 16, colour, bold=True)
+        write(draw, (x, y + 20), "✓" if right else "✗", 16, colour, bold=True)
         indent = 20
-    score = _percent(result.score)
-    _text(draw, (x + width, y + 20), score, 14, INK, anchor="rs")
+    score = percent(result.score)
+    write(draw, (x + width, y + 20), score, 14, INK, anchor="rs")
     room = width - indent - typeface(score, 14).getlength(score) - 8
-    _text(draw, (x + indent, y + 20), result.label, 15, colour, bold=True, width=room)
+    write(draw, (x + indent, y + 20), result.label, 15, colour, bold=True, width=room)
     if truth is not None and not right:
-        _text(draw, (x + indent, y + 40), f"is {truth}", 13, FAINT, width=width - indent)
-
-
-def _text(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[float, float],
-    text: str,
-    size: int,
-    colour: str,
-    width: float = math.inf,
-    bold: bool = False,
-    anchor: str = "ls",
-) -> None:
-    """One line on the base line `place`, cut to `width` pixels."""
-    text = " ".join(text.split())
-    font = typeface(text, size, bold)
-    draw.text(place, _cut(text, font, width), font=font, fill=colour, anchor=anchor)
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+        write(draw, (x + indent, y + 40), f"is {truth}", 13, FAINT, width=width - indent)
 
 
 def _picture_of(result: Classification) -> Image.Image:
@@ -255,32 +223,3 @@ def _pair(
     end = min(math.ceil(right * x), size[0]), min(math.ceil(bottom * y), size[1])
     region = *begin, *end
     return drawn, overlay(drawn, result.attention, region)
-
-
-def _write_new(picture: Image.Image, path: str | Path, source: str) -> Path:
-    """Write to `path`, or to the next free name beside it. Another process may be writing to the same folder."""
-    path = Path(path)
-    if path.is_dir() or not path.suffix:
-        path = path / f"{Path(source).stem.replace(' ', '-')}.png"
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path}: pictures are written as {', '.join(FORMATS)}, not {path.suffix}")
-    data = io.BytesIO()
-    picture.save(data, FORMATS[path.suffix.lower()], **({} if path.suffix.lower() == ".png" else {"quality": 92}))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count():
-            target = path.with_stem(f"{path.stem}-{number}") if number else path
-            try:
-                file = target.open("xb")
-            except FileExistsError:
-                continue
-            try:
-                with file:
-                    file.write(data.getvalue())
-            except OSError:
-                target.unlink(missing_ok=True)  # half a picture would keep its name for ever
-                raise
-            return target
-    except OSError as error:
-        raise UserError(f"{path}: the picture cannot be written ({error.strerror or error})") from None
-    raise AssertionError("there is always a next name")
