@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "drawing": set(),
     "synthetic": set(),
+    "tokenizer": set(),
     "predictions": {"drawing"},
     "layers": set(),
     "backbones": {"layers"},

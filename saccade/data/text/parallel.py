@@ -1,0 +1,456 @@
+"""Sentences and their translations on disk: parallel files, tables with tabs, lines of JSON."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saccade.config import closest
+from saccade.data.source import SPLIT_NAMES, Problem, raise_problems
+from saccade.errors import UserError
+
+SUFFIXES = (".tsv", ".jsonl")
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")
+# columns that say which is which
+SIDES = (("source", "target"), ("src", "tgt"), ("src", "trg"), ("text", "translation"))
+OF_PICTURES = {"path", "file", "file_name", "image", "label"}  # columns of tables of another kind
+SHOWN = 60  # characters of a line that messages quote
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Texts and their translations, in the order of the file."""
+
+    name: str  # of the split
+    path: Path
+    languages: tuple[str, str]  # from, into
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    places: tuple[str, str]  # the files that hold either side
+    lines: np.ndarray  # int64 (N,), from 1
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def id(self, i: int) -> str:
+        """What messages call pair `i`."""
+        return f"{self.places[0]}:{self.lines[i]}"
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Pairs:
+        chosen = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
+            sources=tuple(self.sources[i] for i in chosen),
+            targets=tuple(self.targets[i] for i in chosen),
+            lines=self.lines[chosen],
+        )
+
+    def digest(self) -> bytes:
+        """By which a run that is continued knows its data again."""
+        digest = hashlib.sha256()
+        for text in (*self.sources, *self.targets):
+            digest.update(text.encode() + b"\n")
+        return digest.digest()
+
+
+@dataclass
+class FoundPairs:
+    """All that lies there and all that is wrong with it."""
+
+    splits: dict[str, Pairs] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    train: Pairs
+    val: Pairs
+    notes: list[str]
+
+
+def holds_text(path: Path) -> bool:
+    """Is this parallel text, by its names alone?"""
+    if path.is_file():
+        return _stem(path)[1] in SUFFIXES and _is_text_table(path)
+    return path.is_dir() and bool(_parallel(path) or _tables(path))
+
+
+def find_pairs(path: Path, source: str | None = None, target: str | None = None) -> FoundPairs:
+    """Every split that lies there, with every fault; a UserError only where there is nothing to look at."""
+    found = FoundPairs()
+    if not path.exists():
+        raise UserError(f"{path}: does not exist")
+    if path.is_file():
+        if _stem(path)[1] not in SUFFIXES:
+            raise UserError(f"{path}: not parallel text; give a folder with NAME.en and NAME.de, a .tsv or a .jsonl")
+        tables, parallel = {_split_name(_stem(path)[0]) or "all": path}, {}
+    else:
+        parallel, tables = _parallel(path), _tables(path)
+    if parallel:
+        _find_parallel(path, parallel, source, target, found)
+    elif tables:
+        for name, file in tables.items():
+            _find_table(name, file, source, target, found)
+    else:
+        kinds = "NAME.en and NAME.de (also .gz), .tsv or .jsonl"
+        raise UserError(f"{path}: holds no parallel text ({kinds})")
+    languages = {pairs.languages for pairs in found.splits.values()}
+    if len(languages) > 1:
+        listed = ", ".join(f"{name}: {'-'.join(pairs.languages)}" for name, pairs in found.splits.items())
+        what = f"its splits are of several languages ({listed}); use --text.source and --text.target"
+        found.problems.append(Problem("languages", str(path), what))
+    return found
+
+
+def open_text_splits(
+    path: Path,
+    *,
+    val: Path | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    source: str | None = None,
+    target: str | None = None,
+) -> TextSplits:
+    """What to learn from and what to measure on: the data's own splits, `val` from elsewhere, or a part held out."""
+    found = find_pairs(path, source, target)
+    beside = find_pairs(val, source, target) if val is not None else FoundPairs()
+    raise_problems([*found.problems, *beside.problems], str(path))
+    notes = [*found.notes, *beside.notes]
+    train = found.splits.get("train") or found.splits.get("all")
+    if train is None and len(found.splits) == 1:
+        train = next(iter(found.splits.values()))
+    if train is None:
+        raise UserError(f"{path}: no train split among {', '.join(found.splits)}; rename one to train.*")
+    held_out = found.splits.get("val") if val is None else _to_measure(beside, val, None)
+    if held_out is None:
+        order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(train))
+        size = min(max(1, round(val_fraction * len(train))), len(train) - 1, 2000)
+        if size < 1:
+            raise UserError(f"{path}: one pair is too few to hold any out; add some, or use --val")
+        held_out = train.subset(np.sort(order[:size]))
+        train = train.subset(np.sort(order[size:]))
+        notes.append(f"{path}: no val split, {size} of {size + len(train)} pairs are held out")
+    if held_out.languages != train.languages:
+        of, into = held_out.languages
+        raise UserError(f"{held_out.path}: is {of}-{into}, the training text {'-'.join(train.languages)}")
+    return TextSplits(train, held_out, notes)
+
+
+def open_pairs(path: Path, split: str | None, source: str | None = None, target: str | None = None) -> Pairs:
+    """One split to measure on: by name (`test` also stands for the only one that begins so), else val, else test."""
+    found = find_pairs(path, source, target)
+    raise_problems(found.problems, str(path))
+    return _to_measure(found, path, split)
+
+
+def _to_measure(found: FoundPairs, path: Path, split: str | None) -> Pairs:
+    names = list(found.splits)
+    if split is None:
+        tests = [name for name in names if name.startswith("test")]
+        order = [name for name in ("val", *tests, "all", "train") if name in names] or names
+        return found.splits[order[0]]
+    name = SPLIT_NAMES.get(split.lower(), split)
+    if name in found.splits:
+        return found.splits[name]
+    begun = [each for each in names if each.startswith(f"{name}_") or each.startswith(f"{name}.")]
+    if len(begun) == 1:
+        return found.splits[begun[0]]
+    raise UserError(f"{path}: no split {split!r}{closest(split, names)}; there is {', '.join(names)}")
+
+
+def _split_name(stem: str) -> str | None:
+    """train, val and test under their usual spellings; any other name is its own."""
+    return SPLIT_NAMES.get(stem.lower())
+
+
+def _stem(path: Path) -> tuple[str, str]:
+    """Name and suffix without a `.gz` behind them."""
+    name = path.name.removesuffix(".gz")
+    return Path(name).stem, Path(name).suffix
+
+
+# --- parallel files --------------------------------------------------------------------------------------------------
+
+
+def _parallel(folder: Path) -> dict[str, dict[str, Path]]:
+    """NAME -> language -> file, where any NAME has two languages, or a language stands alone beside such ones."""
+    by_stem: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem, suffix = _stem(path)
+        if path.is_file() and not path.name.startswith(".") and LANGUAGE.fullmatch(suffix[1:]):
+            by_stem.setdefault(stem, {}).setdefault(suffix[1:], path)
+    languages = {language for files in by_stem.values() if len(files) > 1 for language in files}
+    if not languages:
+        known = [files for stem, files in by_stem.items() if _split_name(stem) and {*files} <= USUAL]
+        return by_stem if known and len(known) == len(by_stem) else {}
+    return {stem: files for stem, files in by_stem.items() if {*files} & languages}
+
+
+# suffixes that are taken for languages where no other side is there to show it
+USUAL = {"ar", "cs", "de", "en", "es", "fi", "fr", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv", "tr", "zh"}
+
+
+def _find_parallel(
+    folder: Path, stems: dict[str, dict[str, Path]], source: str | None, target: str | None, found: FoundPairs
+) -> None:
+    languages = sorted({language for files in stems.values() for language in files})
+    if len(languages) == 1:
+        file = next(iter(next(iter(stems.values())).values()))
+        what = f"only one side ({languages[0]}) is there; its translation belongs beside it, as {_beside(file)}"
+        found.problems.append(Problem("one_sided", str(file), what))
+        return
+    of, into, why = _direction(str(folder), languages, source, target)
+    if why:
+        found.notes.append(f"{folder}: {of} is translated into {into} ({why}; --text.source says otherwise)")
+    for stem, files in stems.items():
+        missing = [language for language in (of, into) if language not in files]
+        if missing:
+            there = next(iter(files.values()))
+            what = f"its {missing[0]} side is missing; add {stem}.{missing[0]} or remove it"
+            found.problems.append(Problem("one_sided", str(there), what))
+            continue
+        name = _split_name(stem) or stem
+        sides = [_read_lines(files[language], found.problems) for language in (of, into)]
+        if sides[0] is None or sides[1] is None:
+            continue
+        if len(sides[0]) != len(sides[1]):
+            found.problems.append(_different_lengths(files[of], files[into], sides[0], sides[1]))
+            continue
+        places = str(files[of]), str(files[into])
+        lines = np.arange(1, len(sides[0]) + 1)
+        _add(name, folder, (of, into), sides[0], sides[1], places, lines, found)
+
+
+def _beside(file: Path) -> str:
+    stem, suffix = _stem(file)
+    return f"{stem}.{'en' if suffix != '.en' else 'de'}"
+
+
+def _direction(where: str, languages: list[str], source: str | None, target: str | None) -> tuple[str, str, str]:
+    """Which language is translated into which: as asked, as the folder's name says (`en-de`), else from English."""
+    for name in (source, target):
+        if name is not None and name not in languages:
+            raise UserError(f"{where}: no text in {name!r}; there is {', '.join(languages)}")
+    rest = [language for language in languages if language not in (source, target)]
+    if source is not None and target is not None:
+        return source, target, ""
+    if len(languages) > 2:
+        given = source or target
+        raise UserError(
+            f"{where}: text in {', '.join(languages)}{f', beside {given}' if given else ''}; say which by "
+            "--text.source and --text.target"
+        )
+    if source is not None:
+        return source, rest[0], ""
+    if target is not None:
+        return rest[0], target, ""
+    first, second = languages
+    for of, into in ((first, second), (second, first)):
+        if re.search(rf"(^|[^a-z]){of}[-_.]{into}([^a-z]|$)", Path(where).name.lower()):
+            return of, into, ""
+    return (second, first, "from English") if second == "en" else (first, second, "the first of both")
+
+
+def _read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
+    """The lines of a file; None, and a problem more, where it cannot be read as text."""
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        what = f"cannot be read ({getattr(error, 'strerror', None) or error}); get or copy it anew"
+        problems.append(Problem("unreadable", str(path), what))
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        byte = f"0x{data[error.start]:02x}"
+        what = f"not UTF-8 (byte {byte}); convert it, as in `iconv -f latin1 -t utf-8`"
+        problems.append(Problem("encoding", f"{path}:{number}", what))
+        return None
+    lines = text.split("\n")  # not splitlines: it also splits at separators that texts may hold
+    if lines and not lines[-1].strip():
+        lines.pop()
+    return [line.rstrip("\r") for line in lines]
+
+
+def _different_lengths(one: Path, other: Path, a: list[str], b: list[str]) -> Problem:
+    """Says where the two part. Translations have lengths of a steady ratio; after a missing line they have not."""
+    shorter, more = (other, len(a) - len(b)) if len(a) > len(b) else (one, len(b) - len(a))
+    where = parting(a, b)
+    longer = one if shorter == other else other
+    lacks = f"{shorter.name} has {more} line{'s' if more > 1 else ''} fewer than {longer.name}"
+    if where >= min(len(a), len(b)):
+        what = f"{lacks} ({len(a)} and {len(b)}); the lengths agree to the end of the shorter one, so it may be cut off"
+    else:
+        what = (
+            f"{lacks} ({len(a)} and {len(b)}); judged by the lengths of lines they part near line {where + 1}: "
+            f"{_quoted(a[where])} beside {_quoted(b[where])}"
+        )
+    return Problem("different_lengths", f"{one}, {other}", what)
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")
+
+
+def parting(a: Sequence[str], b: Sequence[str]) -> int:
+    """The line (from 0) from which on the shorter list fits better when it is moved by what it lacks."""
+    if len(a) > len(b):
+        a, b = b, a
+    N, moved = len(a), len(b) - len(a)
+    sizes = [np.log([len(text) + 4.0 for text in side]) for side in (a, b)]
+    usual = float(np.median(sizes[0]) - np.median(sizes[1][:N])) if N else 0.0
+    apart = [np.abs(sizes[0] - sizes[1][shift : N + shift] - usual) for shift in (0, moved)]
+    before = np.concatenate([[0.0], np.cumsum(apart[0])])  # cost of lines before k as they stand
+    after = np.concatenate([np.cumsum(apart[1][::-1])[::-1], [0.0]])  # and of the others, moved
+    return int(np.argmin(before + after))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _tables(folder: Path) -> dict[str, Path]:
+    """Split -> table of text; tables of pictures have other columns."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _stem(path)[1] in SUFFIXES]
+    return {_split_name(_stem(path)[0]) or _stem(path)[0]: path for path in files if _is_text_table(path)}
+
+
+def _is_text_table(path: Path) -> bool:
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            first = file.readline(1_000_000).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        return False
+    if _stem(path)[1] == ".tsv":
+        cells = first.rstrip("\r\n").split("\t")
+        return len(cells) >= 2 and not {cell.lower() for cell in cells} & OF_PICTURES
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and len(_texts(row)) >= 2 and not {*row} & OF_PICTURES
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    """The columns of a row that may be one side, also from under `translation`, as the hub has it."""
+    inner = row.get("translation")
+    values = inner if isinstance(inner, dict) else row
+    return {str(name): text for name, text in values.items() if isinstance(text, str)}
+
+
+def _find_table(name: str, path: Path, source: str | None, target: str | None, found: FoundPairs) -> None:
+    lines = _read_lines(path, found.problems)
+    if lines is None:
+        return
+    if not lines:
+        found.problems.append(Problem("empty", str(path), "is empty"))
+        return
+    rows: list[tuple[int, dict[str, str]]] = []
+    faulty: list[Problem] = []
+    if _stem(path)[1] == ".tsv":
+        header = lines[0].split("\t")
+        named = all(LANGUAGE.fullmatch(cell.strip()) for cell in header) or _sides(header) is not None
+        names = [cell.strip() for cell in header] if named else ["source", "target"][: len(header)]
+        for number, line in enumerate(lines[1:] if named else lines, 2 if named else 1):
+            cells = line.split("\t")
+            if not line.strip():
+                rows.append((number, dict.fromkeys(names, "")))
+            elif len(cells) < 2 or (named and len(cells) != len(names)):
+                what = f"{len(cells)} column{'s' if len(cells) > 1 else ''} where {len(names)} are expected"
+                faulty.append(Problem("columns", f"{path}:{number}", what))
+            else:
+                rows.append((number, dict(zip(names, cells, strict=False))))
+    else:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                faulty.append(Problem("json", f"{path}:{number}", f"not valid JSON ({error})"))
+                continue
+            if not isinstance(row, dict):
+                faulty.append(Problem("json", f"{path}:{number}", "not a table of two texts"))
+                continue
+            rows.append((number, _texts(row)))
+    columns = list(rows[0][1]) if rows else []
+    if len(columns) < 2:
+        found.problems += faulty or [Problem("one_sided", str(path), "only one side; two columns of text are needed")]
+        return
+    sides = _sides(columns)
+    if source is None and target is None and sides is not None:
+        of, into, why = *sides, ""
+    else:
+        of, into, why = _direction(str(path.parent / _stem(path)[0]), columns, source, target)
+    if why and not any(str(path.parent) in note for note in found.notes):
+        found.notes.append(f"{path.parent}: {of} is translated into {into} ({why}; --text.source says otherwise)")
+    kept = []
+    for number, row in rows:
+        if of in row and into in row:
+            kept.append((number, row[of], row[into]))
+        else:
+            lacks = of if of not in row else into
+            faulty.append(Problem("one_sided", f"{path}:{number}", f"has no text in {lacks!r}"))
+    found.problems += faulty
+    if not faulty:
+        numbers = np.array([number for number, _, _ in kept], dtype=np.int64)
+        a, b = [one for _, one, _ in kept], [other for _, _, other in kept]
+        _add(name, path, (of, into), a, b, (str(path), str(path)), numbers, found)
+
+
+def _sides(columns: Sequence[str]) -> tuple[str, str] | None:
+    lower = [name.strip().lower() for name in columns]
+    return next((pair for pair in SIDES if pair[0] in lower and pair[1] in lower), None)
+
+
+# --- what both have --------------------------------------------------------------------------------------------------
+
+
+def _add(
+    name: str,
+    path: Path,
+    languages: tuple[str, str],
+    sources: list[str],
+    targets: list[str],
+    places: tuple[str, str],
+    lines: np.ndarray,
+    found: FoundPairs,
+) -> None:
+    """Leave out pairs with an empty side, and say so."""
+    full = [bool(one.strip()) and bool(other.strip()) for one, other in zip(sources, targets, strict=True)]
+    if not any(full):
+        found.problems.append(Problem("empty", places[0], "holds no pair with text on both sides"))
+        return
+    halves = [
+        f"{places[1] if one.strip() else places[0]}:{number}"
+        for one, other, number in zip(sources, targets, lines, strict=True)
+        if bool(one.strip()) != bool(other.strip())
+    ]
+    blank = len(full) - sum(full) - len(halves)
+    if halves:
+        shown = ", ".join(halves[:3]) + (" ..." if len(halves) > 3 else "")
+        found.notes.append(f"{len(halves)} pairs with an empty side are left out ({shown})")
+    if blank:
+        found.notes.append(f"{places[0]}: {blank} empty lines on both sides are left out")
+    same = sum(one == other for one, other in zip(sources, targets, strict=True))
+    if same > 0.5 * len(sources):
+        share = f"{same} of {len(sources)} pairs"
+        found.notes.append(f"{places[0]}: {share} have the same text on both sides; is that meant?")
+    kept = np.flatnonzero(full)
+    found.splits[name] = Pairs(
+        name, path, languages, tuple(sources[i] for i in kept), tuple(targets[i] for i in kept), places, lines[kept]
+    )
+

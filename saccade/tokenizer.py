@@ -1,0 +1,204 @@
+"""Text as numbers and back. A tokenizer travels in the model file as plain data; nothing of it is executed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from saccade.errors import UserError
+
+PAD, START, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+UNKNOWN_SHOWN = "⁇"  # in text, for what the vocabulary has no token for
+WORD = "▁"  # what a token begins with that begins a word
+
+
+class Tokenizer(ABC):
+    """One vocabulary for both languages. Encoded texts end with `end`; `pad` fills up batches and means nothing."""
+
+    pad: int
+    start: int
+    end: int
+    unknown: int
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Tokens in the vocabulary."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str], *, target: bool = False) -> list[list[int]]:
+        """Numbers of each text, with `end` behind them; `target`: of the language that is translated into."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[Sequence[int]], *, target: bool = True) -> list[str]:
+        """Texts, without what only steers: padding, start and end."""
+
+    @abstractmethod
+    def pieces(self, tokens: Sequence[int], *, target: bool = True) -> list[str]:
+        """Each token as it is shown to people; one that begins a word begins with a space."""
+
+    @abstractmethod
+    def to_text(self) -> str:
+        """For the model file; `read_tokenizer` reads it."""
+
+
+class LearntTokenizer(Tokenizer):
+    """Subwords learnt from the training text: BPE (https://arxiv.org/abs/1508.07909) or a unigram model
+    (https://arxiv.org/abs/1804.10959), by Hugging Face's `tokenizers`.
+
+    Words are split at spaces, and punctuation and digits stand alone, so that `snow.` needs no token of its own. What
+    is decoded is the text itself but for runs of spaces and for characters that the training text has not.
+    """
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+        ids = [inner.token_to_id(name) for name in (PAD, START, END, UNKNOWN)]
+        if None in ids:
+            raise UserError(f"its tokenizer lacks one of {PAD} {START} {END} {UNKNOWN}; get the file anew")
+        self.pad, self.start, self.end, self.unknown = ids
+
+    @property
+    def size(self) -> int:
+        return self.inner.get_vocab_size()
+
+    def encode(self, texts: Sequence[str], *, target: bool = False) -> list[list[int]]:
+        found = self.inner.encode_batch([clean(text) for text in texts], add_special_tokens=False)
+        return [[*each.ids, self.end] for each in found]
+
+    def decode(self, tokens: Sequence[Sequence[int]], *, target: bool = True) -> list[str]:
+        return ["".join(self.pieces(each)).strip() for each in tokens]
+
+    def pieces(self, tokens: Sequence[int], *, target: bool = True) -> list[str]:
+        steering = {self.pad, self.start, self.end}
+        return [self._shown(token) for token in tokens if token not in steering]
+
+    def _shown(self, token: int) -> str:
+        return UNKNOWN_SHOWN if token == self.unknown else self._vocabulary[token].replace(WORD, " ")
+
+    @cached_property
+    def _vocabulary(self) -> dict[int, str]:
+        return {number: piece for piece, number in self.inner.get_vocab().items()}
+
+    def to_text(self) -> str:
+        return json.dumps({"kind": "learnt", "tokenizer": json.loads(self.inner.to_str())})
+
+
+def learn_tokenizer(texts: Sequence[str], size: int, kind: str = "bpe") -> LearntTokenizer:
+    """A joint vocabulary of at most `size` tokens from the training text of both languages."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = [PAD, START, END, UNKNOWN]
+    if kind == "bpe":
+        inner = Inner(models.BPE(unk_token=UNKNOWN))
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    else:
+        inner = Inner(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=size, special_tokens=special, unk_token=UNKNOWN, show_progress=False
+        )
+    inner.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    inner.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Metaspace(replacement=WORD, prepend_scheme="always"),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    inner.decoder = decoders.Metaspace(replacement=WORD)  # pyright: ignore[reportAttributeAccessIssue]
+    inner.train_from_iterator(_cleaned(texts), trainer=trainer, length=len(texts))
+    return LearntTokenizer(inner)
+
+
+def _cleaned(texts: Sequence[str], chunk: int = 1000) -> Iterator[list[str]]:
+    for start in range(0, len(texts), chunk):
+        yield [clean(text) for text in texts[start : start + chunk]]
+
+
+def clean(text: str) -> str:
+    """Any run of spaces, tabs and line ends is one space; a literal ▁ is an underscore, for it means a space here."""
+    return " ".join(text.replace(WORD, "_").split())
+
+
+class MarianTokenizer(Tokenizer):
+    """A sentencepiece model for each language over one list of pieces, as the opus-mt models have it."""
+
+    def __init__(self, source: bytes, target: bytes, vocabulary: dict[str, int], where: str = "model file"):
+        self.models = source, target
+        self.vocabulary = vocabulary
+        self.where = where
+        missing = [name for name in (PAD, END, UNKNOWN) if name not in vocabulary]
+        if missing:
+            raise UserError(f"{where}: its vocabulary lacks {', '.join(missing)}; get it anew")
+        self.pad = self.start = vocabulary[PAD]
+        self.end, self.unknown = vocabulary[END], vocabulary[UNKNOWN]
+        self.processors = tuple(
+            self._processor(data, name) for data, name in ((source, "source.spm"), (target, "target.spm"))
+        )
+
+    def _processor(self, data: bytes, name: str) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(data)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{self.where}: {name} is damaged or no sentencepiece model ({error})") from None
+        return processor
+
+    @property
+    def size(self) -> int:
+        return max(self.vocabulary.values()) + 1
+
+    def encode(self, texts: Sequence[str], *, target: bool = False) -> list[list[int]]:
+        """`>>fra<<` in front of a source text is a token: it tells a model of several languages which one is wanted."""
+        found = []
+        for text in texts:
+            code: list[str] = []
+            if not target and text.startswith(">>") and "<<" in text:
+                code, text = [text[: text.index("<<") + 2]], text[text.index("<<") + 2 :].strip()
+            pieces = code + self.processors[target].EncodeAsPieces(text)
+            found.append([*(self.vocabulary.get(piece, self.unknown) for piece in pieces), self.end])
+        return found
+
+    def decode(self, tokens: Sequence[Sequence[int]], *, target: bool = True) -> list[str]:
+        texts = []
+        for each in tokens:
+            pieces = [self._pieces[token] for token in each if token not in (self.pad, self.end)]
+            texts.append(self.processors[target].DecodePieces(pieces).replace(WORD, " ").strip())
+        return texts
+
+    def pieces(self, tokens: Sequence[int], *, target: bool = True) -> list[str]:
+        kept = [token for token in tokens if token not in (self.pad, self.end)]
+        return [UNKNOWN_SHOWN if token == self.unknown else self._pieces[token].replace(WORD, " ") for token in kept]
+
+    @cached_property
+    def _pieces(self) -> dict[int, str]:
+        return {number: piece for piece, number in self.vocabulary.items()}
+
+    def to_text(self) -> str:
+        source, target = (base64.b64encode(data).decode() for data in self.models)
+        return json.dumps({"kind": "marian", "source": source, "target": target, "vocabulary": self.vocabulary})
+
+
+def read_tokenizer(text: str, where: str) -> Tokenizer:
+    """The tokenizer that a model file holds; every fault is a UserError that names `where`."""
+    try:
+        values = json.loads(text)
+        if values["kind"] == "learnt":
+            from tokenizers import Tokenizer as Inner
+
+            return LearntTokenizer(Inner.from_str(json.dumps(values["tokenizer"])))
+        if values["kind"] == "marian":
+            source, target = (base64.b64decode(values[name], validate=True) for name in ("source", "target"))
+            vocabulary = {str(piece): int(number) for piece, number in values["vocabulary"].items()}
+            return MarianTokenizer(source, target, vocabulary, where)
+    except UserError:
+        raise
+    except Exception as error:  # whatever `tokenizers` says of a damaged description: its own are bare Exceptions
+        raise UserError(f"{where}: its tokenizer is damaged ({error!r:.200}); get the file anew") from None
+    raise UserError(f"{where}: a tokenizer of the kind {values['kind']!r}; update the library")

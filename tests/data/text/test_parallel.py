@@ -1,0 +1,196 @@
+"""Parallel text in every form it comes in, whole and broken: what is wrong is said with its file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saccade.data.text.parallel import find_pairs, holds_text, open_pairs, open_text_splits, parting
+from saccade.errors import UserError
+
+WORDS = ["the", "dog", "runs", "over", "a", "green", "field", "and", "two", "men", "look", "at", "him", "from", "their"]
+
+
+def text(count: int, seed: int = 0) -> list[str]:
+    """Sentences of very different lengths, as real ones are."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 24))) for _ in range(count)]
+
+
+def translated(lines: list[str]) -> list[str]:
+    return [" ".join(f"{word}en" for word in line.split()) for line in lines]
+
+
+def write(path: Path, lines: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def parallel(folder: Path, suffix: str = "") -> Path:
+    for name, count in (("train", 50), ("val", 10), ("test_2016_flickr", 7)):
+        lines = text(count, count)
+        write(folder / f"{name}.en{suffix}", lines)
+        write(folder / f"{name}.de{suffix}", translated(lines))
+    return folder
+
+
+def tsv(folder: Path) -> Path:
+    for name, count in (("train", 50), ("dev", 10), ("test_2016_flickr", 7)):
+        lines = text(count, count)
+        rows = [f"{one}\t{other}" for one, other in zip(lines, translated(lines), strict=True)]
+        write(folder / f"{name}.tsv", ["en\tde", *rows] if name != "dev" else ["source\ttarget", *rows])
+    (folder / "dev.tsv").write_text((folder / "dev.tsv").read_text().replace("source\ttarget", "en\tde"))
+    return folder
+
+
+def jsonl(folder: Path) -> Path:
+    for name, count in (("train", 50), ("valid", 10), ("test_2016_flickr", 7)):
+        lines = text(count, count)
+        pairs = zip(lines, translated(lines), strict=True)
+        write(folder / f"{name}.jsonl", [json.dumps({"translation": {"en": a, "de": b}}) for a, b in pairs])
+    return folder
+
+
+@pytest.mark.parametrize("make", [parallel, lambda folder: parallel(folder, ".gz"), tsv, jsonl])
+def test_formats_say_the_same(make, tmp_path: Path) -> None:
+    folder = make(tmp_path / "text")
+    assert holds_text(folder)
+    splits = open_text_splits(folder)
+    assert (len(splits.train), len(splits.val)) == (50, 10)
+    assert splits.train.languages == ("en", "de")
+    assert splits.train.sources[3] == text(50, 50)[3]
+    assert splits.train.targets[3] == translated(text(50, 50))[3]
+    assert len(open_pairs(folder, "test")) == len(open_pairs(folder, "test_2016_flickr")) == 7
+    assert len(open_pairs(folder, None)) == 10
+    with pytest.raises(UserError, match="no split 'train2'; did you mean train"):
+        open_pairs(folder, "train2")
+
+
+def test_direction(tmp_path: Path) -> None:
+    folder = parallel(tmp_path / "corpus.de-en")
+    assert open_text_splits(folder).train.languages == ("de", "en")
+    assert open_text_splits(folder, source="en").train.languages == ("en", "de")
+    write(folder / "train.fr", text(50))
+    with pytest.raises(UserError, match="de, en, fr.*say which"):
+        open_text_splits(folder)
+    assert open_text_splits(folder, source="en", target="de").train.languages == ("en", "de")
+    with pytest.raises(UserError, match="no text in 'it'"):
+        open_text_splits(folder, source="it")
+
+
+def test_held_out_part_is_seeded_and_apart(tmp_path: Path) -> None:
+    lines = [f"{i} {line}" for i, line in enumerate(text(40))]
+    file = write(tmp_path / "pairs.tsv", [f"{one}\t{one} too" for one in lines])
+    splits = open_text_splits(file, val_fraction=0.25, seed=3)
+    assert len(splits.val) == 10 and not {*splits.train.sources} & {*splits.val.sources}
+    assert splits.val.sources == open_text_splits(file, val_fraction=0.25, seed=3).val.sources
+    assert splits.val.sources != open_text_splits(file, val_fraction=0.25, seed=4).val.sources
+    assert splits.train.id(0).startswith(f"{file}:")
+
+
+@pytest.mark.parametrize("missing", [5, 60, 195])
+def test_different_numbers_of_lines(missing: int, tmp_path: Path) -> None:
+    """The place is found by the lengths alone, within a few lines."""
+    lines = text(200)
+    other = translated(lines)
+    gone = other[:missing] + other[missing + 1 :]
+    assert abs(parting(lines, gone) - missing) <= 3
+    write(tmp_path / "train.en", lines)
+    write(tmp_path / "train.de", gone)
+    with pytest.raises(UserError, match=r"train\.de has 1 line fewer than train\.en \(200 and 199\)"):
+        open_text_splits(tmp_path)
+
+
+def test_cut_file_is_said_to_be_cut(tmp_path: Path) -> None:
+    lines = text(200)
+    write(tmp_path / "train.en", lines)
+    write(tmp_path / "train.de", translated(lines)[:150])
+    with pytest.raises(UserError, match="agree to the end of the shorter one"):
+        open_text_splits(tmp_path)
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    folder = parallel(tmp_path / "text")
+    (folder / "train.de").write_bytes(b"eins\nzwei\n" + "schön\n".encode("latin1"))
+    (folder / "val.de").unlink()
+    (folder / "test_2016_flickr.de").write_text("\n" * 7)
+    found = find_pairs(folder)
+    assert {(problem.kind, Path(problem.where).name) for problem in found.problems} == {
+        ("encoding", "train.de:3"),
+        ("one_sided", "val.en"),
+        ("empty", "test_2016_flickr.en"),
+    }
+    with pytest.raises(UserError, match="(?s)things are wrong.*train.de:3: not UTF-8.*val.en: its de side is missing"):
+        open_text_splits(folder)
+
+
+def test_one_sided(tmp_path: Path) -> None:
+    write(tmp_path / "train.en", text(20))
+    with pytest.raises(UserError, match=r"train\.en: only one side \(en\)"):
+        open_text_splits(tmp_path)
+
+
+def test_empty_lines_are_left_out_and_said(tmp_path: Path) -> None:
+    lines = text(20)
+    other = translated(lines)
+    other[4] = "  "
+    lines[7] = other[7] = ""
+    write(tmp_path / "train.en", lines)
+    write(tmp_path / "train.de", other)
+    splits = open_text_splits(tmp_path)
+    assert len(splits.train) + len(splits.val) == 18
+    assert any("1 pairs with an empty side" in note and "train.de:5" in note for note in splits.notes)
+    assert any("1 empty lines on both sides" in note for note in splits.notes)
+
+
+def test_separators_inside_lines_split_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "train.en", ["one\u2028two\x85three", "next"] * 3)
+    write(tmp_path / "train.de", ["eins", "weiter\r"] * 3)
+    splits = open_text_splits(tmp_path)
+    assert "one\u2028two\x85three" in splits.train.sources + splits.val.sources
+    assert "weiter" in splits.train.targets + splits.val.targets
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("train.tsv", ["a\tb", "only one"], r"train\.tsv:2: 1 column where 2"),
+        ("train.jsonl", ['{"en": "a", "de": "b"}', "{"], r"train\.jsonl:2: not valid JSON"),
+        ("train.jsonl", ['{"en": "a", "de": "b"}', '{"en": "a"}'], r"train\.jsonl:2: has no text in 'de'"),
+        ("train.jsonl", ['{"en": "a", "de": "b"}', "[1]"], r"train\.jsonl:2: not a table"),
+    ],
+)
+def test_faulty_tables(name: str, lines: list[str], message: str, tmp_path: Path) -> None:
+    write(tmp_path / name, lines)
+    with pytest.raises(UserError, match=message):
+        open_text_splits(tmp_path / name)
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    folder = parallel(tmp_path, ".gz")
+    whole = (folder / "train.de.gz").read_bytes()
+    (folder / "train.de.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train\.de\.gz: cannot be read"):
+        open_text_splits(folder)
+
+
+def test_pictures_are_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "table.jsonl", ['{"path": "a.jpg", "label": "cat"}'])
+    assert not holds_text(tmp_path) and not holds_text(tmp_path / "table.jsonl") and not holds_text(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no parallel text"):
+        find_pairs(tmp_path)
+
+
+def test_real_data() -> None:
+    folder = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "multi30k"
+    if not folder.exists():
+        pytest.skip("../shared/data/multi30k is absent")
+    splits = open_text_splits(folder)
+    assert (len(splits.train), len(splits.val), len(open_pairs(folder, "test_2016_flickr"))) == (28129, 986, 1000)
+    assert splits.train.languages == ("en", "de")
