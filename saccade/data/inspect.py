@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from os import cpu_count
 from pathlib import PurePath
@@ -20,8 +20,10 @@ from rich.table import Table
 
 from saccade.config import DataConfig
 from saccade.data.decode import SUFFIXES, Picture, PictureError
-from saccade.data.source import LabelledSource, Problem, Source
+from saccade.data.inspect_boxes import BoxReport, box_hints, box_report, box_rows, share
+from saccade.data.source import BoxSource, LabelledSource, Problem, Source
 from saccade.data.sources import Place, class_problems, find, unite_classes
+from saccade.data.sources.boxes import fit
 
 ASPECT_EDGES = (0.5, 0.8, 1.25, 2.0)  # width / height; between them the picture's share is counted
 UNBALANCED = 10  # the largest class over the smallest, from which it is worth a hint
@@ -36,10 +38,17 @@ class SplitReport:
     name: str
     where: str
     pictures: int
-    classes: dict[str, int]
+    classes: dict[str, int]  # pictures of each, or objects
     height: tuple[int, int, int] | None = None  # min, median, max of those that can be read
     width: tuple[int, int, int] | None = None
     aspects: dict[str, int] = field(default_factory=dict)  # pictures by range of width / height
+    boxes: BoxReport | None = None  # where there are objects in pictures
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        if self.boxes is None:
+            del values["boxes"]
+        return values
 
 
 @dataclass
@@ -48,6 +57,7 @@ class Report:
 
     path: str
     format: str
+    task: str
     splits: list[SplitReport]
     problems: list[Problem]
     notes: list[str]
@@ -61,8 +71,9 @@ class Report:
         return {
             "path": self.path,
             "format": self.format,
+            "task": self.task,
             "ok": self.ok,
-            "splits": [vars(split) for split in self.splits],
+            "splits": [split.to_dict() for split in self.splits],
             "problems": [vars(problem) for problem in self.problems],
             "notes": self.notes,
             "hints": self.hints,
@@ -70,7 +81,9 @@ class Report:
 
     def render(self, console: Console) -> None:
         """Tables of counts and sizes, then problems by kind."""
-        console.print(f"[bold]{escape(self.path)}[/bold]: {self.format.replace('_', ' ')}", soft_wrap=True)
+        boxes = [split.boxes for split in self.splits]
+        form = f"objects in pictures, {self.format.upper()}" if any(boxes) else self.format.replace("_", " ")
+        console.print(f"[bold]{escape(self.path)}[/bold]: {form}", soft_wrap=True)
         names = list(dict.fromkeys(name for split in self.splits for name in split.classes))
         table = Table("class", *(split.name for split in self.splits))
         for column in table.columns[1:]:
@@ -78,12 +91,19 @@ class Report:
         for name in names:
             table.add_row(escape(name), *(str(split.classes.get(name, 0)) for split in self.splits))
         table.add_section()
-        table.add_row("all", *(str(split.pictures) for split in self.splits))
+        if any(boxes):
+            table.add_row("all objects", *(str(sum(split.classes.values())) for split in self.splits))
+            table.add_section()
+            table.add_row("pictures", *(str(split.pictures) for split in self.splits))
+            for label, row in box_rows(boxes, [split.pictures for split in self.splits]):
+                table.add_row(label, *row)
+        else:
+            table.add_row("all", *(str(split.pictures) for split in self.splits))
         table.add_section()
         for what in ("width", "height"):
             table.add_row(f"{what} (min, median, max)", *(_three(getattr(split, what)) for split in self.splits))
         for label in dict.fromkeys(label for split in self.splits for label in split.aspects):
-            row = (_share(split.aspects.get(label, 0), split.pictures) for split in self.splits)
+            row = (share(split.aspects.get(label, 0), split.pictures) for split in self.splits)
             table.add_row(f"width / height {label}", *row)
         console.print(table)
         for text in self.notes:
@@ -124,21 +144,31 @@ def inspect_data(path: Place, val: Place | None = None, config: DataConfig | Non
         sources["val"] = beside.splits.get("val") or next(iter(beside.splits.values()))
     names = unite_classes(list(sources.values())) if sources else ()
     sources = {split: source.with_classes(names) for split, source in sources.items()}
+    seen = {split: _look(source, config) for split, source in sources.items()}
+    for split, source in sources.items():
+        if isinstance(source, BoxSource):
+            sources[split], misfits = fit(source, _sizes(seen[split]))
+            problems += misfits
     learnt = sources.get("train") or sources.get("all")
     if learnt is not None:
-        problems += class_problems(learnt, sources.get("val") or sources.get("test"), str(path))
-    seen = {split: _look(source, config) for split, source in sources.items()}
+        problems += class_problems(learnt, sources.get("val") or sources.get("test"), str(path), problems)
     for looks in seen.values():
         problems += [look.problem for look in looks if look.problem is not None]
     problems += _same_bytes(sources, seen)
     return Report(
         path=str(path),
         format=found.format,
+        task=found.task,
         splits=[_summary(split, source, seen[split]) for split, source in sources.items()],
         problems=problems,
         notes=notes,
-        hints=_hints(sources, learnt),
+        hints=_hints(sources, learnt, seen),
     )
+
+
+def _sizes(looks: list[_Seen]) -> np.ndarray:
+    """Height and width of each picture, int64 (N, 2); 0 where it cannot be read."""
+    return np.array([look.size or (0, 0) for look in looks], dtype=np.int64).reshape(-1, 2)
 
 
 def _look(source: Source, config: DataConfig) -> list[_Seen]:
@@ -200,7 +230,9 @@ def _same_bytes(sources: dict[str, Source], seen: dict[str, list[_Seen]]) -> lis
 def _summary(split: str, source: Source, looks: list[_Seen]) -> SplitReport:
     classes = dict(zip(source.class_names, source.counts().tolist(), strict=True))
     report = SplitReport(split, str(source.path), len(source), classes)
-    sizes = np.array([look.size for look in looks if look.size is not None], dtype=np.int64).reshape(-1, 2)
+    if isinstance(source, BoxSource):
+        report.boxes = box_report(source)
+    sizes = _sizes([look for look in looks if look.size is not None])
     if len(sizes):
         low, middle, high = sizes.min(axis=0), np.median(sizes, axis=0).round().astype(int), sizes.max(axis=0)
         report.height, report.width = ((int(low[k]), int(middle[k]), int(high[k])) for k in range(2))
@@ -212,9 +244,11 @@ def _summary(split: str, source: Source, looks: list[_Seen]) -> SplitReport:
     return report
 
 
-def _hints(sources: dict[str, Source], learnt: Source | None) -> list[str]:
+def _hints(sources: dict[str, Source], learnt: Source | None, seen: dict[str, list[_Seen]]) -> list[str]:
     hints = []
-    if learnt is not None and len(learnt):
+    if isinstance(learnt, BoxSource):
+        hints += box_hints(learnt, _sizes(seen["train" if "train" in seen else "all"]))
+    elif learnt is not None and len(learnt):
         counts = learnt.counts()
         most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max() + 1).argmin())
         if counts[most] > UNBALANCED * counts[least]:
@@ -225,17 +259,14 @@ def _hints(sources: dict[str, Source], learnt: Source | None) -> list[str]:
         few = [name for name, count in zip(learnt.class_names, counts, strict=True) if 0 < count < FEW]
         if few:
             hints.append(f"fewer than {FEW} pictures to learn from: {', '.join(few)}; start from trained weights")
+    what, measure = ("objects", "AP") if isinstance(learnt, BoxSource) else ("pictures", "accuracy")
     for split in ("val", "test"):
         if split in sources:
             empty = [n for n, c in zip(sources[split].class_names, sources[split].counts(), strict=True) if not c]
             if empty and len(sources[split]):
-                hints.append(f"no pictures in {split} of {', '.join(empty)}; their accuracy cannot be measured")
+                hints.append(f"no {what} in {split} of {', '.join(empty)}; their {measure} cannot be measured")
     return hints
 
 
 def _three(values: tuple[int, int, int] | None) -> str:
     return ", ".join(map(str, values)) if values else "-"
-
-
-def _share(count: int, of: int) -> str:
-    return f"{count / of:.0%}" if of else "-"

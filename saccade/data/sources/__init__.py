@@ -10,14 +10,23 @@ from typing import Literal
 
 import numpy as np
 
-from saccade.data.source import SPLIT_NAMES, Found, Problem, Source, raise_problems, sort_names
-from saccade.data.sources import hf_dataset, image_folder, table, webdataset
+from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem, Source, raise_problems, sort_names
+from saccade.data.sources import boxes, coco, hf_dataset, image_folder, table, voc, webdataset, yolo
 from saccade.data.sources.image_folder import find_pictures, near_names, open_pictures
 from saccade.errors import UserError
 
-__all__ = ["Splits", "detect_format", "find", "find_pictures", "open_pictures", "open_source", "open_splits"]
+__all__ = [
+    "Splits",
+    "detect_format",
+    "find",
+    "find_pictures",
+    "fit_to_pictures",
+    "open_pictures",
+    "open_source",
+    "open_splits",
+]
 
-Format = Literal["image_folder", "table", "webdataset", "hf_dataset"]
+Format = Literal["image_folder", "table", "webdataset", "hf_dataset", "coco", "voc", "yolo"]
 Place = str | Path | Sequence[str | Path]  # several only for tar shards
 
 
@@ -40,13 +49,33 @@ def detect_format(path: Place) -> Format:
     if not path.exists():
         raise UserError(f"{path}: does not exist{near_names(path)}")
     if path.is_file():
-        if path.suffix.lower() in table.SUFFIXES:
+        suffix = path.suffix.lower()
+        if suffix in table.SUFFIXES:
             return "table"
-        known = ", ".join(table.SUFFIXES)
-        raise UserError(f"{path}: not data to learn from; give a folder, a table ({known}) or a .tar shard")
+        if suffix == ".json":
+            return "coco"
+        if suffix in yolo.YAML_SUFFIXES:
+            return "yolo"
+        known = ", ".join([*table.SUFFIXES, ".json", *yolo.YAML_SUFFIXES])
+        raise UserError(
+            f"{path}: not data to learn from; give a folder, a table or annotations ({known}), or a .tar shard"
+        )
     if hf_dataset.is_dataset(path):
         return "hf_dataset"
-    return "webdataset" if webdataset.list_shards(path) else "image_folder"
+    if webdataset.list_shards(path):
+        return "webdataset"
+    return _detection_format(path) or "image_folder"
+
+
+def _detection_format(path: Path) -> Literal["coco", "voc", "yolo"] | None:
+    """A file that names classes and splits says more than how folders are called."""
+    if coco.list_files(path):
+        return "coco"
+    if yolo.list_yaml(path) is not None:
+        return "yolo"
+    if voc.find_units(path):
+        return "voc"
+    return "yolo" if yolo.has_labels(path) else None
 
 
 def find(path: Place) -> Found:
@@ -60,21 +89,30 @@ def find(path: Place) -> Found:
             return hf_dataset.find(Path(str(path)))
         case "image_folder":
             return image_folder.find(Path(str(path)))
+        case "coco":
+            return coco.find(Path(str(path)), coco.list_files(Path(str(path))))
+        case "voc":
+            return voc.find(Path(str(path)), voc.find_units(Path(str(path))))
+        case "yolo":
+            return yolo.find(Path(str(path)))
 
 
 def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 0.2, seed: int = 0) -> Splits:
     """Data to learn from: its own splits, `val` from elsewhere, or a seeded, stratified part held out.
 
-    Everything that is wrong with the data, as far as it shows without decoding, is one UserError.
+    What is wrong with the data, as far as it shows without decoding, is one UserError; what a run can do without is a
+    note for each kind.
     """
     found = find(path)
     problems, notes = list(found.problems), list(found.notes)
     train = found.splits.get("train") or found.splits.get("all")
     if train is None:
-        raise_problems(problems, str(path))
+        raise_problems([problem for problem in problems if problem.refuses], str(path))
         raise UserError(f"{path}: no train split among {', '.join(found.splits)}; rename one, or give one by --val")
     if val is not None:
         beside = find(val)
+        if beside.task != found.task:
+            raise UserError(f"{val}: data to {beside.task}, but {path} is to {found.task}; give both of one kind")
         problems += beside.problems
         notes += beside.notes
         held_out = _only_split(beside, str(val))
@@ -87,23 +125,29 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
     class_names = unite_classes([train] if held_out is None else [train, held_out])
     train = train.with_classes(class_names)
     held_out = held_out.with_classes(class_names) if held_out is not None else None
-    problems += class_problems(train, held_out, str(path))
-    raise_problems(problems, str(path))
+    problems += class_problems(train, held_out, str(path), problems)
+    raise_problems([problem for problem in problems if problem.refuses], str(path))
+    notes += boxes.drop_notes(problems, str(path))
     if held_out is None:
         train, held_out = split_off(train, val_fraction, seed)
         if not len(held_out):
-            raise UserError(f"{path}: one picture a class is too few to hold any out; add some, or use --val")
+            few = "one picture" if found.task == "detect" else "one picture a class"
+            raise UserError(f"{path}: {few} is too few to hold any out; add some, or use --val")
         notes.append(f"{path}: no val split, {len(held_out)} of {len(train) + len(held_out)} pictures are held out")
-    empty = [name for name, count in zip(class_names, held_out.counts(), strict=True) if count == 0]
-    if empty:
-        notes.append(f"{held_out.path}: no pictures of {', '.join(empty)} to measure on")
+    what = "objects" if isinstance(train, BoxSource) else "pictures"
+    for source, use in ((train, "learn from"), (held_out, "measure on")):
+        empty = [name for name, count in zip(class_names, source.counts(), strict=True) if count == 0]
+        if empty:
+            notes.append(f"{source.path}: no {what} of {', '.join(empty)} to {use}")
     return Splits(train, held_out, found.format, notes, found.task)
 
 
 def open_source(path: Place, split: str | None = None) -> Source:
     """One split to measure on: a split's own path, or a data set's with the split's name (else its val, else test)."""
     found = find(path)
-    raise_problems(found.problems, str(path))
+    raise_problems([problem for problem in found.problems if problem.refuses], str(path))
+    if split is None and found.task == "detect" and isinstance(path, str | Path) and Path(path).is_file():
+        split = "train" if "train" in found.splits and Path(path).suffix == ".json" else None  # its siblings came along
     if split is None:
         return _only_split(found, str(path))
     name = SPLIT_NAMES.get(split.lower(), split)
@@ -113,17 +157,36 @@ def open_source(path: Place, split: str | None = None) -> Source:
     return found.splits[name].with_classes(class_names)
 
 
+def fit_to_pictures(source: Source, sizes: np.ndarray) -> tuple[Source, list[str]]:
+    """Boxes against the pictures as they are, of `sizes` int64 (N, 2); and a note for each kind of fault.
+
+    Pictures stay in their places. Only boxes are changed, see `boxes.fit`; a UserError where none is left.
+    """
+    if not isinstance(source, BoxSource):
+        return source, []
+    fitted, problems = boxes.fit(source, sizes)
+    if len(source.boxes) and not len(fitted.boxes):
+        raise_problems(problems, str(source.path))
+    return fitted, boxes.drop_notes(problems, str(source.path))
+
+
 def unite_classes(sources: list[Source]) -> tuple[str, ...]:
-    """The classes of all sources: in their given order where they agree on it, else sorted."""
+    """The classes of all sources: in their given order where they agree on it, else sorted.
+
+    Those of boxes keep the first one's order, which their files state; what only others have comes after.
+    """
     if all(source.class_names == sources[0].class_names for source in sources):
         return sources[0].class_names
-    return sort_names(name for source in sources for name in source.class_names)
+    names = [name for source in sources for name in source.class_names]
+    return tuple(dict.fromkeys(names)) if isinstance(sources[0], BoxSource) else sort_names(names)
 
 
-def class_problems(train: Source, val: Source | None, where: str) -> list[Problem]:
-    """What is wrong with the classes of a training split; both sources have the same class names."""
+def class_problems(train: Source, val: Source | None, where: str, known: Sequence[Problem] = ()) -> list[Problem]:
+    """What is wrong with the classes of a training split, beside what is `known`; both sources have the same ones."""
     if not len(train):
         return []  # the format's reader has said so
+    if isinstance(train, BoxSource):
+        return _box_problems(train, val, known)
     problems = []
     in_train = train.counts()
     for k, name in enumerate(train.class_names):
@@ -139,6 +202,19 @@ def class_problems(train: Source, val: Source | None, where: str) -> list[Proble
         if train.path.is_dir() and inner.is_dir() and len(image_folder.visible_folders(inner)) > 1:
             what += f"; did you mean {inner}?"
         problems.append(Problem("one_class", where, what))
+    return problems
+
+
+def _box_problems(train: BoxSource, val: Source | None, known: Sequence[Problem]) -> list[Problem]:
+    """One class is enough, and pictures without objects are; but something must be there to find."""
+    if any(problem.refuses for problem in known):
+        return []  # of which this may be a consequence
+    problems = []
+    for source, use in ((train, "to learn from"), (val, "to measure on")):
+        if isinstance(source, BoxSource) and source.crowd.all():  # also where there is nothing
+            left = f" after what is left out ({len(known)} faults)" if known else ""
+            what = f"no objects {use}{left}; annotate some"
+            problems.append(Problem("no_objects", str(source.path), what))
     return problems
 
 

@@ -1,0 +1,352 @@
+"""From annotations as their files state them to a BoxSource: every box is checked, every fault said with its place.
+
+A fault that a run can do without (a box without an area) is a Problem that does not refuse: `open_splits` says how
+many of a kind there are. What can be understood in two ways, or leaves nothing to learn from, refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from saccade.data.decode import SWAPS_SIDES, PictureError, open_header, orientation, read_size
+from saccade.data.source import BoxSource, Found, Problem, open_file
+
+ROUNDING = 1.0  # pixels by which a box may leave its picture without a word: tools round
+LARGEST = 1e7  # pixels; beyond it a coordinate is no coordinate
+MANY = 10  # boxes from which on a pattern in all of them is no chance
+FLAT = 0.1  # pixels; no picture shows a thing that is thinner
+CORNERS = 0.2  # share of boxes that leave their pictures, from which on they may be corners
+ANY_SIZE = 1 << 40  # pixels of a picture whose header only is read
+
+# What training does about each kind that it can do without: of one, and of several.
+DROPPED = {
+    "not_finite": ("box that is no number is left out", "boxes that are no numbers are left out"),
+    "no_box": ("annotation without a box is left out", "annotations without a box are left out"),
+    "bad_box": ("unreadable box is left out", "unreadable boxes are left out"),
+    "bad_line": ("unreadable line is left out", "unreadable lines are left out"),
+    "not_fractions": (
+        "box in pixels where fractions belong is left out",
+        "boxes in pixels where fractions belong are left out",
+    ),
+    "negative": ("box of negative size is left out", "boxes of negative size are left out"),
+    "degenerate": ("box without an area is left out", "boxes without an area are left out"),
+    "outside": ("box outside its picture is left out", "boxes outside their pictures are left out"),
+    "partly_outside": ("box that leaves its picture is clipped", "boxes that leave their pictures are clipped"),
+    "duplicate_box": ("repeated box is left out", "repeated boxes are left out"),
+    "unknown_category": ("object of an unknown class is left out", "objects of unknown classes are left out"),
+    "no_name": ("object without a class is left out", "objects without a class are left out"),
+    "unknown_image": ("annotation of no listed picture is left out", "annotations of no listed picture are left out"),
+    "bad_annotation": ("unreadable annotation is left out", "unreadable annotations are left out"),
+    "duplicate_annotation_id": (
+        "annotation whose id another one has is kept",
+        "annotations whose ids others have are kept",
+    ),
+    "bad_area": ("wrong area is replaced by that of the box", "wrong areas are replaced by those of the boxes"),
+    "crowd_only": (
+        "picture with nothing but regions to ignore is kept",
+        "pictures with nothing but regions to ignore are kept",
+    ),
+    "bad_image": ("unreadable entry of a picture is left out", "unreadable entries of pictures are left out"),
+    "duplicate_image": ("picture that is listed twice is taken once", "pictures that are listed twice are taken once"),
+    "missing_file": ("picture that does not exist is left out", "pictures that do not exist are left out"),
+    "no_annotation": ("picture without annotations is left out", "pictures without annotations are left out"),
+    "no_size": ("annotated picture states no size", "annotated pictures state no size"),
+    "wrong_size": ("picture is not of the size that is stated", "pictures are not of the size that is stated"),
+    "turned": ("picture's boxes are turned as its EXIF says", "pictures' boxes are turned as their EXIF says"),
+    "duplicate_category": ("class that is listed twice is taken once", "classes that are listed twice are taken once"),
+    "same_name": ("class of the same name as another is united with it", "classes of the same name are united"),
+    "bad_xml": ("picture with an unreadable XML file is left out", "pictures with unreadable XML files are left out"),
+    "unsafe_xml": ("picture with an unsafe XML file is left out", "pictures with unsafe XML files are left out"),
+    "class_count": ("number of classes is not that of the names", "numbers of classes are not those of the names"),
+    "bad_label_file": ("picture with an unreadable label file is left out", "pictures with unreadable label files are"
+                       " left out"),
+    "missing_split": ("split is named that does not exist", "splits are named that do not exist"),
+    "no_annotations": ("split without annotations is left out", "splits without annotations are left out"),
+}  # fmt: skip
+
+
+def drop_notes(problems: Iterable[Problem], where: str) -> list[str]:
+    """One line for each kind that a run can do without: how many, what is done, and the first."""
+    by_kind: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if not problem.refuses:
+            by_kind.setdefault(problem.kind, []).append(problem)
+    notes = []
+    for kind, same in by_kind.items():
+        does = DROPPED[kind][len(same) > 1]
+        example = f"such as {same[0].where}" if len(same) > 1 else same[0].where
+        notes.append(f"{where}: {len(same)} {does}, {example}; `saccade inspect {where}` says more")
+    return notes
+
+
+@dataclass
+class Annotations:
+    """One split as its files state it: N pictures and M annotations of them, in the order of their files."""
+
+    name: str
+    path: Path
+    class_names: tuple[str, ...]
+    files: list[str]
+    declared: np.ndarray  # int64 (N, 2): height, width; 0 where they are not stated
+    picture: np.ndarray  # int64 (M,)
+    boxes: np.ndarray  # float64 (M, 4): left, top, right, bottom
+    labels: np.ndarray  # int64 (M,)
+    crowd: np.ndarray  # bool (M,)
+    ids: np.ndarray  # int64 (M,), see saccade.data.source.place
+    annotated: tuple[str, ...]
+    unit: str
+    area: np.ndarray = field(default_factory=lambda: np.zeros(0))  # float64 (M,), NaN where unknown; or none at all
+    numbers: tuple[int, ...] = ()
+
+
+def build(stated: Annotations, found: Found) -> BoxSource:
+    """The source of what is sound; the rest becomes problems of `found`."""
+    order = np.argsort(stated.picture, kind="stable")
+    picture, boxes = stated.picture[order], stated.boxes[order]
+    with np.errstate(invalid="ignore", over="ignore"):
+        finite: np.ndarray = np.all(np.abs(boxes) <= LARGEST, axis=1)  # false for NaN too
+        side = np.subtract(boxes[:, 2:], boxes[:, :2], dtype=np.float32)
+        whole = side.prod(axis=1)
+    given = stated.area[order] if len(stated.area) else np.full(len(order), np.nan)
+    source = BoxSource(
+        name=stated.name,
+        path=stated.path,
+        class_names=stated.class_names,
+        files=tuple(stated.files),
+        starts=np.searchsorted(picture, np.arange(len(stated.files) + 1)).astype(np.int64),
+        boxes=np.where(finite[:, None], boxes, 0).astype(np.float32),
+        labels=stated.labels[order],
+        crowd=stated.crowd[order],
+        area=np.where(given > 0, given, np.where(finite, whole, 0)).astype(np.float32),
+        ids=stated.ids[order],
+        declared=stated.declared,
+        annotated=stated.annotated,
+        unit=stated.unit,
+        numbers=stated.numbers,
+    )
+
+    def report(kind: str, which: np.ndarray, what: str) -> None:
+        for k in np.flatnonzero(which).tolist():
+            i, (left, top, right, bottom) = int(picture[k]), boxes[k].tolist()
+            box = f"{right - left:g} x {bottom - top:g} pixels at ({left:g}, {top:g}) in {Path(source.files[i]).name}"
+            problem = Problem(kind, source.place(i, k), f"{box}: {what}; draw it anew or remove it", refuses=False)
+            found.problems.append(problem)
+
+    negative = finite & np.any(side < 0, axis=1)
+    flat = finite & ~negative & np.any(side < FLAT, axis=1)
+    report("not_finite", ~finite, "no numbers that a box can have")
+    report("negative", negative, "a negative size")
+    report("degenerate", flat, "no area")
+    source = _within(source.keep(finite & ~negative & ~flat), _trusted_sizes(source), found.problems)
+    source = _without_repeats(source, found.problems)
+    _crowds(source, found.problems)
+    return source
+
+
+def _trusted_sizes(source: BoxSource) -> np.ndarray:
+    """The declared sizes, but 0 for a picture of another size whose boxes leave what is declared: `fit` sees to it."""
+    sizes = source.declared.copy()
+    pictures = source.pictures()
+    leaves = _overhang(source.boxes, sizes[pictures]) > ROUNDING
+    doubted = np.unique(pictures[leaves & (sizes[pictures].min(axis=1) > 0)])
+    true = picture_sizes([source.files[i] for i in doubted])
+    wrong = (true.min(axis=1) > 0) & (true != sizes[doubted]).any(axis=1)
+    sizes[doubted[wrong]] = 0
+    return sizes
+
+
+def picture_sizes(files: Sequence[str], threads: int = 4) -> np.ndarray:
+    """Height and width of the upright pictures, int64 (N, 2), by their headers; 0 where one cannot be read."""
+
+    def size(name: str) -> tuple[int, int]:
+        try:
+            with open_file(name) as file:
+                return read_size(file, name, ANY_SIZE)
+        except PictureError:
+            return 0, 0
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.array(list(pool.map(size, files)), dtype=np.int64).reshape(-1, 2)
+
+
+def _overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """By how many pixels each box (M, 4) leaves the size (M, 2) of its picture; at most 0 where it does not."""
+    out = np.concatenate([-boxes[:, :2], boxes[:, 2:] - sizes[:, ::-1]], axis=1)
+    return out.max(axis=1)
+
+
+def _within(source: BoxSource, sizes: np.ndarray, problems: list[Problem]) -> BoxSource:
+    """Clips boxes to the sizes (N, 2) of their pictures where those are known, and drops what is left outside."""
+    pictures = source.pictures()
+    limits = sizes[pictures]
+    known = limits.min(axis=1) > 0
+    over = np.where(known, _overhang(source.boxes, limits), 0)
+    touched = over > 0
+    if not touched.any():
+        return source
+    right, bottom = limits[:, 1], limits[:, 0]
+    clipped = source.boxes.copy()
+    high = np.stack([right, bottom, right, bottom], axis=1)
+    clipped[touched] = np.clip(source.boxes[touched], 0, high[touched])
+    side, before = clipped[:, 2:] - clipped[:, :2], source.boxes[:, 2:] - source.boxes[:, :2]
+    # A thing of which less than a pixel is in the picture cannot be seen there.
+    outside = touched & (side < np.minimum(before / 2, ROUNDING)).any(axis=1)
+    partly = touched & ~outside & (over > ROUNDING)
+    for kind, which in (("outside", outside), ("partly_outside", partly)):
+        for k in np.flatnonzero(which).tolist():
+            i = int(pictures[k])
+            h, w = sizes[i].tolist()
+            where = "lies outside" if kind == "outside" else f"leaves by {over[k]:g} pixels"
+            what = f"the box {_written(source.boxes[k])} {where} {Path(source.files[i]).name} of {w} x {h}; correct it"
+            problems.append(Problem(kind, source.place(i, k), what, refuses=False))
+    share = np.divide(side.prod(axis=1), before.prod(axis=1), out=np.ones(len(side), np.float32), where=touched)
+    source = replace(source, boxes=clipped, area=(source.area * share).astype(np.float32))
+    return source.keep(~outside)
+
+
+def _written(box: np.ndarray) -> str:
+    left, top, right, bottom = box.tolist()
+    return f"from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
+
+
+def _without_repeats(source: BoxSource, problems: list[Problem]) -> BoxSource:
+    """Drops a box that its picture has already, with the same class."""
+    if len(source.boxes) < 2:
+        return source
+    pictures = source.pictures()
+    order = np.lexsort((*source.boxes.T, source.crowd, source.labels, pictures))  # stable: the first one stays
+    columns = (*source.boxes.T, source.crowd, source.labels, pictures)
+    same = np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns])
+    repeats = np.zeros(len(order), np.bool_)
+    repeats[order[1:][same]] = True
+    for k in np.flatnonzero(repeats).tolist():
+        i = int(pictures[k])
+        what = (
+            f"the same {source.class_names[source.labels[k]]} {_written(source.boxes[k])} is in "
+            f"{Path(source.files[i]).name} already; remove it"
+        )
+        problems.append(Problem("duplicate_box", source.place(i, k), what, refuses=False))
+    return source.keep(~repeats) if repeats.any() else source
+
+
+def _crowds(source: BoxSource, problems: list[Problem]) -> None:
+    objects = np.bincount(source.pictures()[~source.crowd], minlength=len(source))
+    for i in np.flatnonzero((np.diff(source.starts) > 0) & (objects == 0)).tolist():
+        what = f"{Path(source.files[i]).name} has nothing but regions to ignore (crowds); nothing is learnt from it"
+        problems.append(Problem("crowd_only", source.place(i, int(source.starts[i])), what, refuses=False))
+
+
+def picture_place(file: str, annotated: Sequence[str], i: int) -> str:
+    """Where picture `i` is annotated: its own file, or the one of all pictures and its name."""
+    return annotated[i] if len(annotated) > 1 else ", ".join([*annotated, Path(file).name])
+
+
+def missing_sizes(files: Sequence[str], declared: np.ndarray, annotated: Sequence[str]) -> list[Problem]:
+    """A problem for each picture without a stated size; one for all, where no picture of one file has any."""
+    without = np.flatnonzero(declared.min(axis=1) <= 0).tolist()
+    remedy = "the picture's own is taken; state width and height, by which a changed picture is noticed"
+    if len(annotated) == 1 and len(without) == len(files) > 1:
+        return [Problem("no_size", annotated[0], f"no sizes of any picture; {remedy}", refuses=False)]
+    problems = []
+    for i in without:
+        where = picture_place(files[i], annotated, i)
+        problems.append(Problem("no_size", where, f"no size of the picture; {remedy}", refuses=False))
+    return problems
+
+
+def fit(source: BoxSource, sizes: np.ndarray) -> tuple[BoxSource, list[Problem]]:
+    """Boxes that fit the pictures as they are, of upright `sizes` int64 (N, 2) with (0, 0) where one cannot be read.
+
+    Where the annotations state another size, the picture's own counts, and its boxes are
+
+    - turned, where they are those of the picture as it is stored, which EXIF turns;
+    - scaled, where only the size has changed, and of the stated and the true size the stated one is the smallest that
+      holds all such boxes of the split: then the picture has been resized after it was annotated;
+    - else taken as they are, and clipped.
+    """
+    problems: list[Problem] = []
+    declared = source.declared if len(source.declared) else np.zeros_like(sizes)
+    known = sizes.min(axis=1) > 0
+    differs = known & (declared.min(axis=1) > 0) & (declared != sizes).any(axis=1)
+    boxes, area, pictures = source.boxes.copy(), source.area.copy(), source.pictures()
+    done = {}  # picture -> what is done with its boxes
+    for i in np.flatnonzero(differs & (declared[:, ::-1] == sizes).all(axis=1)).tolist():
+        turn = _orientation(source.files[i])
+        if turn in SWAPS_SIDES:
+            part = slice(int(source.starts[i]), int(source.starts[i + 1]))
+            boxes[part] = upright(source.boxes[part], declared[i], turn)
+            done[i] = "turned"
+    h, w = declared[:, 0], declared[:, 1]
+    ratio = np.divide(sizes, declared, out=np.ones(sizes.shape), where=differs[:, None])  # (N, 2)
+    slack = 1 / np.maximum(np.minimum(np.minimum(h, w), sizes.min(axis=1)), 1)
+    resized = differs & (np.abs(ratio[:, 0] / np.where(ratio[:, 1] > 0, ratio[:, 1], 1) - 1) <= slack)
+    resized[list(done)] = False
+    for group in (resized & (ratio[:, 0] > 1), resized & (ratio[:, 0] < 1)):
+        inside = group[pictures]
+        if not inside.any():
+            continue
+        of_declared = bool((_overhang(boxes[inside], declared[pictures[inside]]) <= ROUNDING).all())
+        of_true = bool((_overhang(boxes[inside], sizes[pictures[inside]]) <= ROUNDING).all())
+        grown = bool(ratio[group][0, 0] > 1)
+        if of_declared and (grown or not of_true):
+            factors = ratio[pictures[inside]][:, ::-1]
+            boxes[inside] *= np.concatenate([factors, factors], axis=1).astype(np.float32)
+            area[inside] *= factors.prod(axis=1).astype(np.float32)
+            done |= dict.fromkeys(np.flatnonzero(group).tolist(), "scaled")
+    for i in np.flatnonzero(differs).tolist():
+        (stated_h, stated_w), (true_h, true_w) = declared[i].tolist(), sizes[i].tolist()
+        where = picture_place(source.files[i], source.annotated, i)
+        what = f"{Path(source.files[i]).name} is {true_w} x {true_h}, but {stated_w} x {stated_h} is stated"
+        if done.get(i) == "turned":
+            text = f"{what}: it is annotated as it is stored, and EXIF turns it; its boxes are turned with it"
+            problems.append(Problem("turned", where, text, refuses=False))
+            continue
+        scaled = "its boxes are scaled to it" if i in done else "its boxes are taken as they are"
+        problems.append(Problem("wrong_size", where, f"{what}; {scaled}; correct the size", refuses=False))
+    source = replace(source, boxes=boxes, area=area, declared=np.where(known[:, None], sizes, declared))
+    return _within(source, np.where(known[:, None], sizes, 0), problems), problems
+
+
+def _orientation(file: str) -> int:
+    try:
+        with open_file(file) as opened, open_header(opened, file, ANY_SIZE) as header:
+            return orientation(header)
+    except PictureError:
+        return 1
+
+
+def upright(boxes: np.ndarray, stored: np.ndarray, turn: int) -> np.ndarray:
+    """Boxes (M, 4) of a picture that is `stored` as (height, width) when EXIF's orientation 5 to 8 has turned it."""
+    height, width = stored.tolist()
+    left, top, right, bottom = boxes.T
+    if turn in (6, 7):  # what was at the top comes to the right
+        top, bottom = height - bottom, height - top
+    if turn in (7, 8):  # what was at the left comes to the bottom
+        left, right = width - right, width - left
+    return np.stack([top, left, bottom, right], axis=1).astype(np.float32)
+
+
+def suspicions(boxes: np.ndarray, limits: np.ndarray, where: str) -> list[Problem]:
+    """What a split's boxes (M, 4: left, top, width, height) may be instead; `limits` (M, 2): their pictures' sizes."""
+    finite = np.isfinite(boxes).all(axis=1)
+    boxes, limits = boxes[finite], limits[finite]
+    if len(boxes) and (boxes <= 1).all() and (boxes >= 0).all() and (boxes % 1 > 0).any():
+        what = "all boxes lie within 0 and 1, but COCO's are in pixels; multiply them by width and height"
+        return [Problem("fractions", where, what)]
+    known = limits.min(axis=1) > 0
+    boxes, limits = boxes[known], limits[known]
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    leaves = _overhang(corners, limits) > ROUNDING
+    ordered = (boxes[:, 2:] > boxes[:, :2]).all() and (_overhang(boxes, limits) <= ROUNDING).all()
+    if len(boxes) >= MANY and ordered and leaves.mean() >= CORNERS:
+        what = (
+            f"{leaves.sum()} of {len(boxes)} boxes leave their pictures, and none would as (left, top, right, bottom); "
+            "COCO's are (left, top, width, height): subtract"
+        )
+        return [Problem("corners", where, what)]
+    return []
