@@ -104,8 +104,13 @@ class MultiHeadAttention(nn.Module):
         bias: Tensor | None = None,
         causal: bool = False,
         rotary: tuple[Tensor, Tensor] | None = None,
+        positions: Float[Tensor, "*B N C"] | None = None,
+        context_positions: Float[Tensor, "*B M C"] | None = None,
     ) -> Float[Tensor, "B N C"]:
-        q, k, v = self.project(x, context, rotary)
+        """`positions` are added to what queries are made of, and in self-attention keys; `context_positions` to what
+        keys are made of where there is a context. Values have none. https://arxiv.org/abs/2005.12872
+        """
+        q, k, v = self.project(x, context, rotary, positions, context_positions)
         mixed = attention(q, k, v, bias=bias, causal=causal, dropout=self.dropout if self.training else 0.0)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -117,28 +122,45 @@ class MultiHeadAttention(nn.Module):
         bias: Tensor | None = None,
         causal: bool = False,
         rotary: tuple[Tensor, Tensor] | None = None,
+        positions: Float[Tensor, "*B N C"] | None = None,
+        context_positions: Float[Tensor, "*B M C"] | None = None,
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B H N M"]]:
         """`forward` by the explicit path; also returns the attention weights. Without dropout."""
-        q, k, v = self.project(x, context, rotary)
+        q, k, v = self.project(x, context, rotary, positions, context_positions)
         mixed, weights = attention_with_weights(q, k, v, bias=bias, causal=causal)
         return self.out(mixed.transpose(1, 2).flatten(2)), weights
 
     def project(
-        self, x: Tensor, context: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x`, keys and values of the context: (B, H, N, D), (B, H, M, D), (B, H, M, D)."""
-        C = x.shape[-1]
-        weight, bias = self.qkv.weight, self.bias()
         if context is None:
-            q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            if positions is None:
+                q, k, v = self._parts(x, 0, 3)
+            else:
+                (q, k), (v,) = self._parts(x + positions, 0, 2), self._parts(x, 2, 3)
         else:
-            q = F.linear(x, weight[:C], None if bias is None else bias[:C])
-            kv = F.linear(context, weight[C:], None if bias is None else bias[C:])
-            q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            (q,) = self._parts(x if positions is None else x + positions, 0, 1)
+            if context_positions is None:
+                k, v = self._parts(context, 1, 3)
+            else:
+                (k,), (v,) = self._parts(context + context_positions, 1, 2), self._parts(context, 2, 3)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
+
+    def _parts(self, x: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
+        """Of queries (0), keys (1) and values (2) those from `start` up to `end`, by one product: (B, H, N, D) each."""
+        C = x.shape[-1]
+        weight, bias = self.qkv.weight, self.bias()
+        if (start, end) != (0, 3):
+            weight, bias = weight[start * C : end * C], None if bias is None else bias[start * C : end * C]
+        return F.linear(x, weight, bias).unflatten(-1, (end - start, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def bias(self) -> Tensor | None:
         """Of queries, keys and values (3 C,)."""

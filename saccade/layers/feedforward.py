@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
+    "relu": F.relu,
 }
 SWIGLU = "swiglu"
 
@@ -59,3 +61,11 @@ def feed_forward(kind: str, dim: int, hidden: int, *, dropout: float = 0.0) -> F
     if kind == SWIGLU:
         return SwiGLU(dim, hidden, dropout=dropout)
     return FeedForward(dim, hidden, activation=kind, dropout=dropout)
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them, from the first width to the last."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

@@ -31,6 +31,29 @@ def sinusoidal_2d(
     return torch.cat((rows, columns), dim=-1).flatten(0, 1)
 
 
+def sinusoidal_2d_of_shares(
+    grid: tuple[int, int],
+    dim: int,
+    *,
+    base: float = 10_000.0,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(h * w, dim): as `sinusoidal_2d`, but of shares of a full turn, one turn for the picture's height and width.
+
+    Sines and cosines alternate, as in DETR (https://arxiv.org/abs/2005.12872), whose code counts rows from one.
+    """
+    if dim % 4:
+        raise ValueError(f"sinusoidal 2-D positions need a width that is a multiple of 4, not {dim}")
+    h, w = grid
+    rates = base ** -(torch.arange(dim // 4, dtype=dtype, device=device) / (dim // 4))
+    angles = [
+        2 * math.pi * torch.arange(1, n + 1, dtype=dtype, device=device)[:, None] / (n + 1e-6) * rates for n in grid
+    ]
+    rows, columns = (torch.stack((each.sin(), each.cos()), dim=-1).flatten(1) for each in angles)  # (h, dim / 2)
+    return torch.cat((rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)), dim=-1).flatten(0, 1)
+
+
 def _waves(steps: Tensor, dim: int, base: float) -> Tensor:
     rates = base ** -(torch.arange(dim // 2, dtype=torch.float32, device=steps.device) / max(1, dim // 2))
     angles = steps[:, None] * rates

@@ -12,12 +12,15 @@ from saccade.config import closest
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector, DetectorRow
+from saccade.models.detr import DETR, Detr, DETRConfig
 from saccade.models.embedder import Embedder
 
 Network = Classifier | Embedder | Detector
 
-DETECTORS: dict[str, DetectorRow] = {}
-DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detector]]] = {}
+DETECTORS: dict[str, DetectorRow] = {**DETR}
+DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detector]]] = {
+    "detr": (DETRConfig, Detr),
+}
 
 
 def model_row(name: str) -> Row:
