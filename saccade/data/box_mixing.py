@@ -13,7 +13,7 @@ MIXUP_LEAST = 0.25  # a picture that shows through less than this adds no things
 PASTED = (1, 6)  # things
 PASTE_TRIES = 10
 PASTE_MARGIN = 0.15  # of its longer side around a pasted thing, in which it fades out
-MOST_COVERED = 0.2  # of a thing, by one that is pasted, and the other way round
+MOST_COVERED = 0.2  # of a thing by what is pasted, margin and all, and the other way round
 
 
 def mix(one: Shown, other: Shown, alpha: float, rng: np.random.Generator) -> Shown:
@@ -44,8 +44,8 @@ def paste_things(onto: Shown, other: Shown, rng: np.random.Generator) -> Shown:
         w, h = right - left, bottom - top
         inside = box - [left, top, left, top]
         for x, y in rng.integers(0, [W - w + 1, H - h + 1], (PASTE_TRIES, 2)).tolist():
-            moved = Things((inside + [x, y, x, y])[None], other.things.labels[[k]])
-            if most_covered(moved.boxes[0], things.boxes) <= MOST_COVERED:
+            if most_covered(np.array([x, y, x + w, y + h]), things.boxes) <= MOST_COVERED:
+                moved = Things((inside + [x, y, x, y])[None], other.things.labels[[k]])
                 mask = np.outer(_fade(h, inside[1], inside[3]), _fade(w, inside[0], inside[2]))
                 image.paste(
                     other.image.crop((left, top, right, bottom)), (x, y), Image.fromarray((255 * mask).astype(np.uint8))
