@@ -1,0 +1,444 @@
+"""Each fault alone in a healthy set: `inspect` finds it and nothing else; training drops it and says so, or refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from saccade.config import DataConfig
+from saccade.data.inspect import inspect_data
+from saccade.data.inspect_boxes import box_hints
+from saccade.data.loader import measure_sizes
+from saccade.data.source import BoxSource
+from saccade.data.sources import fit_to_pictures, open_splits
+from saccade.data.sources.boxes import DROPPED
+from saccade.errors import UserError
+
+PICTURES, OBJECTS = 4, 11  # of the healthy training split; YOLO's has one object less
+
+
+def rendered(report) -> str:
+    file = io.StringIO()
+    report.render(Console(file=file, width=100))
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    plant: Callable[[Any], object]
+    kind: str
+    where: str  # what its place must hold
+    refuses: bool = False
+    lost: int = 0  # objects that training does without
+    lost_pictures: int = 0
+    count: int = 1
+    beside: tuple[str, ...] = ()  # kinds that follow from it
+
+
+def check(fault: Fault, root: Path, objects: int) -> None:
+    report = inspect_data(root)
+    expected = Counter({fault.kind: fault.count}) + Counter(fault.beside)
+    assert Counter(problem.kind for problem in report.problems) == expected, "\n".join(map(str, report.problems))
+    problem = next(problem for problem in report.problems if problem.kind == fault.kind)
+    assert fault.where in problem.where and str(root) in problem.where
+    assert not report.ok and str(problem) in rendered(report)
+    json.dumps(report.to_dict())
+    assert (problem.refuses, any(p.refuses for p in report.problems)) == (fault.refuses, fault.refuses)
+    if fault.refuses:
+        with pytest.raises(UserError) as raised:
+            open_splits(root)
+        assert str(problem) in str(raised.value)
+        return
+    splits = open_splits(root)
+    train, notes = fit_to_pictures(splits.train, measure_sizes(splits.train, DataConfig()))
+    assert isinstance(train, BoxSource)
+    assert (len(train), len(train.boxes)) == (PICTURES - fault.lost_pictures, objects - fault.lost)
+    same = [note for note in [*splits.notes, *notes] if f"{fault.count} {DROPPED[fault.kind][fault.count > 1]}" in note]
+    assert len(same) == 1 and problem.where in same[0] and "saccade inspect" in same[0]
+    for i in range(len(train)):
+        target, (h, w) = train.target(i), train.declared[i].tolist()
+        assert (target.boxes[:, :2] >= 0).all() and (target.boxes[:, 2:] <= [w, h]).all()
+        assert (target.boxes[:, 2:] > target.boxes[:, :2]).all() and (target.area > 0).all()
+
+
+def boxed(number: int, *box: Any) -> Callable[[Any], object]:
+    return lambda coco: coco.annotation(number).update(bbox=list(box))
+
+
+def categorised(number: int | None) -> Callable[[Any], object]:
+    return lambda coco: coco.annotation(128).update(category_id=number)
+
+
+def image(k: int, **values: Any) -> Callable[[Any], object]:
+    return lambda coco: coco.train["images"][k].update(values)
+
+
+def more(key: str, value: Any) -> Callable[[Any], object]:
+    return lambda coco: coco.train[key].append(value)
+
+
+def again(number: int, **values: Any) -> Callable[[Any], object]:
+    return lambda coco: coco.train["annotations"].append({**coco.annotation(number), **values})
+
+
+def text_of(text: str) -> Callable[[Any], object]:
+    return lambda coco: coco.files.update(train=text)
+
+
+def lose(*names: str) -> Callable[[Any], object]:
+    return lambda coco: [(coco.pictures / name).unlink() for name in names]
+
+
+def resize(name: str, size: tuple[int, int]) -> Callable[[Any], object]:
+    return lambda coco: Image.open(coco.pictures / name).resize(size).save(coco.pictures / name)
+
+
+def turned(coco: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(coco.pictures / "a.jpg").save(coco.pictures / "a.jpg", exif=exif)
+
+
+def cut_off(coco: Any) -> None:
+    text = json.dumps(coco.train)
+    coco.files["train"] = text[: len(text) // 2]
+
+
+def all_boxes(change: Callable[[list[int], dict], list[float]]) -> Callable[[Any], object]:
+    def plant(coco: Any) -> None:
+        sizes = {one["id"]: one for one in coco.train["images"]}
+        for one in coco.train["annotations"]:
+            one["bbox"] = change(one["bbox"], sizes[one["image_id"]])
+
+    return plant
+
+
+def crowds_only(coco: Any) -> None:
+    for one in coco.train["annotations"]:
+        one["iscrowd"] = 1 if one["image_id"] == 24 else one["iscrowd"]
+
+
+def without(key: str, value: Any = None) -> Callable[[Any], object]:
+    return lambda coco: coco.train.update({key: value}) if value is not None else coco.train.pop(key)
+
+
+def split_twice(coco: Any) -> None:
+    coco.root.mkdir(parents=True, exist_ok=True)
+    (coco.root / "training.json").write_text(json.dumps(coco.train))
+
+
+def two_of_a_name(coco: Any) -> None:
+    coco.train["categories"].append({"id": 7, "name": "cat"})
+    coco.annotation(125)["category_id"] = 7
+
+
+COCO = [
+    Fault("picture is missing", lose("b.jpg"), "missing_file", "train.json, image 17", lost=4, lost_pictures=1),
+    Fault("all pictures are missing", lose("a.jpg", "b.jpg", "c.png", "d.jpg"), "no_pictures", "train.json", True),
+    Fault("an image id twice", image(1, id=10), "duplicate_image_id", "image 10", True, beside=("unknown_image",) * 4),
+    Fault("an image twice", more("images", {"id": 10, "file_name": "a.jpg"}), "duplicate_image", "image 10"),
+    Fault("a picture twice", more("images", {"id": 99, "file_name": "./a.jpg"}), "duplicate_image", "image 99"),
+    Fault("image without a name", more("images", {"id": 99, "width": 3}), "bad_image", "images[4]"),
+    Fault("image without an id", more("images", {"file_name": "a.jpg"}), "bad_image", "images[4]"),
+    Fault("image that is none", more("images", None), "bad_image", "images[4]"),
+    Fault("an annotation id twice", lambda c: c.annotation(104).update(id=101), "duplicate_annotation_id", "tion 101"),
+    Fault("unknown category", categorised(3), "unknown_category", "annotation 128", lost=1),
+    Fault("category null", categorised(None), "unknown_category", "annotation 128", lost=1),
+    Fault("unknown image", again(101, id=7, image_id=11), "unknown_image", "annotation 7"),
+    Fault("negative width", boxed(113, 20, 5, -15, 20), "negative", "annotation 113", lost=1),
+    Fault("no width", boxed(113, 5, 5, 0, 20), "degenerate", "annotation 113", lost=1),
+    Fault("hardly a height", boxed(113, 5, 5, 15, 0.01), "degenerate", "annotation 113", lost=1),
+    Fault("not a number", boxed(113, float("nan"), 5, 15, 20), "not_finite", "annotation 113", lost=1),
+    Fault("infinite", boxed(113, 5, 5, float("inf"), 20), "not_finite", "annotation 113", lost=1),
+    Fault("far too large", boxed(113, 5, 5, 1e300, 20), "not_finite", "annotation 113", lost=1),
+    Fault("null within", boxed(113, 5, None, 15, 20), "not_finite", "annotation 113", lost=1),
+    Fault("outside", boxed(113, 65, 5, 15, 20), "outside", "annotation 113", lost=1),
+    Fault("left of it", boxed(113, -30, 5, 15, 20), "outside", "annotation 113", lost=1),
+    Fault("all but outside", boxed(113, 63.5, 5, 15, 20), "outside", "annotation 113", lost=1),
+    Fault("partly outside", boxed(113, 50, 30, 20, 20), "partly_outside", "annotation 113"),
+    Fault("box three times as long", boxed(113, 5, 5, 15), "bad_box", "annotation 113", lost=1),
+    Fault("text", boxed(113, 5, 5, "wide", 20), "bad_box", "annotation 113", lost=1),
+    Fault("box as an object", lambda c: c.annotation(113).update(bbox={"x": 1}), "bad_box", "tion 113", lost=1),
+    Fault("no box", lambda c: c.annotation(113).pop("bbox"), "no_box", "annotation 113", lost=1),
+    Fault("empty box", boxed(113), "no_box", "annotation 113", lost=1),
+    Fault("box twice", again(113, id=7), "duplicate_box", "annotation 7"),
+    Fault("box twice without an id", again(113, id=None), "duplicate_box", "annotations[11]"),
+    Fault("annotation that is none", more("annotations", "text"), "bad_annotation", "annotations[11]"),
+    Fault("negative area", lambda c: c.annotation(113).update(area=-1), "bad_area", "annotation 113"),
+    Fault("area not a number", lambda c: c.annotation(113).update(area=float("nan")), "bad_area", "annotation 113"),
+    Fault("crowds only", crowds_only, "crowd_only", "annotation 125"),
+    Fault("size of another shape", image(1, width=500, height=90), "wrong_size", "train.json, b.jpg"),
+    Fault("size too small for the boxes", image(1, width=40, height=20), "wrong_size", "train.json, b.jpg"),
+    Fault("picture made smaller", resize("b.jpg", (32, 24)), "wrong_size", "train.json, b.jpg"),
+    Fault("picture made larger", resize("b.jpg", (128, 96)), "wrong_size", "train.json, b.jpg"),
+    Fault("width and height exchanged", image(1, width=48, height=64), "wrong_size", "train.json, b.jpg"),
+    Fault("turned by EXIF", turned, "turned", "train.json, a.jpg"),
+    Fault("no size", lambda c: c.train["images"][1].pop("width"), "no_size", "train.json, b.jpg"),
+    Fault("size of zero", image(1, height=0), "no_size", "train.json, b.jpg"),
+    Fault("no sizes", lambda c: [one.pop("width") for one in c.train["images"]], "no_size", "train.json"),
+    Fault("no bytes", text_of(""), "bad_json", "train.json", True),
+    Fault("empty object", text_of("{}"), "not_coco", "train.json", True),
+    Fault("empty list", text_of("[]"), "not_coco", "train.json", True),
+    Fault("cut off", cut_off, "bad_json", "train.json", True),
+    Fault("not JSON", text_of('{"images": [}, "annotations": [], "categories": []}'), "bad_json", "train.json", True),
+    Fault("empty lists", lambda c: c.train.update(images=[], annotations=[]), "no_pictures", "train.json", True),
+    Fault("no annotations", lambda c: c.train.update(annotations=[]), "no_objects", "train.json", True),
+    Fault("no list of annotations", without("annotations"), "no_annotations", "train.json", True),
+    Fault("no list of images", without("images"), "not_coco", "train.json", True),
+    Fault("no categories", lambda c: [d.pop("categories") for d in (c.train, c.val)], "no_categories", "train.json",
+          True, count=2),
+    Fault("category without a name", more("categories", {"id": 4}), "bad_category", "categories[3]", True),
+    Fault("category without an id", more("categories", {"name": "x"}), "bad_category", "categories[3]", True),
+    Fault("a category id twice", more("categories", {"id": 5, "name": "cow"}), "duplicate_category_id", "gory 5", True),
+    Fault("a category twice", more("categories", {"id": 5, "name": "cat"}), "duplicate_category", "category 5"),
+    Fault("two of a name", two_of_a_name, "same_name", "category 7"),
+    Fault("fractions", all_boxes(lambda box, size: [v / size[s] for v, s in zip(box, ("width", "height") * 2,
+          strict=True)]), "fractions", "train.json", True),
+    Fault("corners", all_boxes(lambda box, _: [box[0], box[1], box[0] + box[2], box[1] + box[3]]), "corners",
+          "train.json", True),
+    Fault("nothing usable", all_boxes(lambda box, _: [*box[:2], 0, 0]), "degenerate", "annotation 101", count=11,
+          beside=("no_objects",)),
+    Fault("two files of a split", split_twice, "two_splits", "coco", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", COCO, ids=lambda fault: fault.name)
+def test_coco(fault, coco_set):
+    fault.plant(coco_set)
+    root = coco_set.write()
+    if fault.name == "nothing usable":
+        assert Counter(p.kind for p in inspect_data(root).problems) == {"degenerate": 11, "no_objects": 1}
+        with pytest.raises(UserError, match=r"no objects to learn from after what is left out \(11 faults\)"):
+            open_splits(root)
+        return
+    check(fault, root, OBJECTS)
+
+
+def test_boxes_that_only_the_picture_itself_refutes(coco_set):
+    """Without stated sizes nothing shows before the pictures are looked at."""
+    for one in coco_set.train["images"]:
+        del one["height"]
+    coco_set.annotation(113)["bbox"] = [65, 5, 15, 20]
+    coco_set.annotation(116)["bbox"] = [50, 30, 20, 20]
+    root = coco_set.write()
+    where = {problem.kind: problem.where for problem in inspect_data(root).problems}
+    file = root / "train.json"
+    assert where.pop("no_size") == str(file)
+    assert where == {"outside": f"{file}, annotation 113", "partly_outside": f"{file}, annotation 116"}
+    splits = open_splits(root)
+    assert isinstance(splits.train, BoxSource) and len(splits.train.boxes) == OBJECTS
+    train, notes = fit_to_pictures(splits.train, measure_sizes(splits.train, DataConfig()))
+    assert isinstance(train, BoxSource) and len(train.boxes) == OBJECTS - 1 and len(notes) == 2
+    assert train.target(1).boxes[0].tolist() == [50, 30, 64, 48]
+
+
+def test_a_split_that_is_only_for_tests_may_lack_annotations(coco_set):
+    root = coco_set.write()
+    (root / "test.json").write_text(json.dumps({"images": coco_set.val["images"], "categories": []}))
+    splits = open_splits(root)
+    assert len(splits.val) == 2 and any("1 split without annotations is left out" in note for note in splits.notes)
+
+
+def change(name: str, old: str, new: str) -> Callable[[Any], object]:
+    def plant(root: Path) -> None:
+        text = (root / name).read_text()
+        assert old in text
+        (root / name).write_text(text.replace(old, new, 1))
+
+    return plant
+
+
+def write(name: str, data: str | bytes) -> Callable[[Any], object]:
+    return lambda root: (root / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def append(name: str, text: str) -> Callable[[Any], object]:
+    return lambda root: (root / name).write_bytes((root / name).read_bytes() + text.encode())
+
+
+def remove(name: str) -> Callable[[Any], object]:
+    return lambda root: (root / name).unlink()
+
+
+def difficult_only(root: Path) -> None:
+    file = root / "Annotations" / "c.xml"
+    file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
+
+
+B, B_SIZE = "Annotations/b.xml", "<size><width>64</width><height>48</height><depth>3</depth></size>"
+BOX = "<bndbox><xmin>6</xmin><ymin>6</ymin><xmax>20</xmax><ymax>25</ymax></bndbox>"
+DOG = f"<object><name>dog</name><difficult>0</difficult>{BOX}</object>"
+BOMB = '<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;&b;&b;">]><annotation>&c;</annotation>'
+TRAIN = "ImageSets/Main/train.txt"
+
+VOC = [
+    Fault("picture is missing", remove("JPEGImages/b.jpg"), "missing_file", f"{TRAIN}:2", lost=4, lost_pictures=1),
+    Fault("XML is missing", remove(B), "no_annotation", f"{TRAIN}:2", lost=4, lost_pictures=1),
+    Fault("both are missing", append(TRAIN, "x\n"), "no_annotation", f"{TRAIN}:5"),
+    Fault("listed twice", append(TRAIN, "a\n"), "duplicate_image", f"{TRAIN}:5"),
+    Fault("cut off", write(B, "<annotation><object>"), "bad_xml", B, lost=4, lost_pictures=1),
+    Fault("empty XML", write(B, ""), "bad_xml", B, lost=4, lost_pictures=1),
+    Fault("not UTF-8", write(B, b"<annotation>\xff\xfe</annotation>"), "bad_xml", B, lost=4, lost_pictures=1),
+    Fault("other XML", write(B, "<html></html>"), "bad_xml", B, lost=4, lost_pictures=1),
+    Fault("entities", write(B, BOMB), "unsafe_xml", B, lost=4, lost_pictures=1),
+    Fault("depth", write(B, "<annotation>" * 99 + "</annotation>" * 99), "unsafe_xml", B, lost=4, lost_pictures=1),
+    Fault("no size", change(B, B_SIZE, ""), "no_size", B),
+    Fault("size of zero", change(B, "<width>64", "<width>0"), "no_size", B),
+    Fault("wrong size", change(B, "<width>64", "<width>200"), "wrong_size", B),
+    Fault("size too small", change(B, "<width>64", "<width>30"), "wrong_size", B),
+    Fault("no name", change(B, "<name>dog</name>", ""), "no_name", f"{B}, object 1", lost=1),
+    Fault("no box", change(B, BOX, "<robndbox/>"), "no_box", f"{B}, object 1", lost=1),
+    Fault("no edge", change(B, "<xmin>6</xmin>", ""), "bad_box", f"{B}, object 1", lost=1),
+    Fault("text", change(B, "<xmin>6", "<xmin>left"), "bad_box", f"{B}, object 1", lost=1),
+    Fault("not a number", change(B, "<xmin>6", "<xmin>nan"), "not_finite", f"{B}, object 1", lost=1),
+    Fault("a click", change(B, "<xmax>20", "<xmax>6"), "degenerate", f"{B}, object 1", lost=1),
+    Fault("edges exchanged", change(B, "<xmax>20", "<xmax>2"), "negative", f"{B}, object 1", lost=1),
+    Fault("outside", change(B, BOX, BOX.replace("xmin>6", "xmin>66").replace("20", "80")), "outside", f"{B}, object 1",
+          lost=1),
+    Fault("partly outside", change(B, "<xmax>20", "<xmax>80"), "partly_outside", f"{B}, object 1"),
+    Fault("twice", change(B, DOG, DOG * 2), "duplicate_box", f"{B}, object 2"),
+    Fault("difficult only", difficult_only, "crowd_only", "Annotations/c.xml, object 1"),
+    Fault("no pictures", write(TRAIN, ""), "no_pictures", "voc", True),
+    Fault("in two splits", append("ImageSets/Main/val.txt", "b\n"), "leak", "JPEGImages/b.jpg"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", VOC, ids=lambda fault: fault.name)
+def test_voc(fault, voc_set):
+    fault.plant(voc_set)
+    if fault.kind == "leak":  # which only bytes show
+        report = inspect_data(voc_set)
+        assert [(problem.kind, problem.where) for problem in report.problems] == [("leak", str(voc_set / fault.where))]
+        return
+    check(fault, voc_set, OBJECTS)
+
+
+def test_voc_without_lists(voc_set):
+    for file in (voc_set / "ImageSets" / "Main").iterdir():
+        file.unlink()
+    (voc_set / B).unlink()
+    (voc_set / "JPEGImages" / "c.png").unlink()
+    where = {problem.kind: problem.where for problem in inspect_data(voc_set).problems}
+    assert where == {
+        "no_annotation": str(voc_set / "JPEGImages" / "b.jpg"),
+        "missing_file": str(voc_set / "Annotations" / "c.xml"),
+    }
+
+
+def no_labels(root: Path) -> None:
+    for file in (root / "labels").rglob("*.txt"):
+        file.unlink()
+
+
+T = "labels/train/b.txt"
+NEXT = f"{T}:5"  # after the four that it has
+YOLO = [
+    Fault("class beyond the names", append(T, "3 0.5 0.5 0.1 0.1\n"), "unknown_category", NEXT),
+    Fault("negative class", append(T, "-1 0.5 0.5 0.1 0.1\n"), "unknown_category", NEXT),
+    Fault("half a class", append(T, "0.5 0.5 0.5 0.1 0.1\n"), "unknown_category", NEXT),
+    Fault("class not a number", append(T, "nan 0.5 0.5 0.1 0.1\n"), "unknown_category", NEXT),
+    Fault("class by its name", append(T, "dog 0.5 0.5 0.1 0.1\n"), "bad_line", NEXT),
+    Fault("four numbers", append(T, "0 0.5 0.5 0.1\n"), "bad_line", NEXT),
+    Fault("six numbers", append(T, "0 0.5 0.5 0.1 0.1 0.9\n"), "bad_line", NEXT),
+    Fault("commas", append(T, "0,0.5,0.5,0.1,0.1\n"), "bad_line", NEXT),
+    Fault("pixels", append(T, "0 30 20 10 10\n"), "not_fractions", NEXT),
+    Fault("not a number", append(T, "0 0.5 nan 0.1 0.1\n"), "not_finite", NEXT),
+    Fault("outline not a number", append(T, "0 0.5 nan 0.1 0.1 0.2 0.2\n"), "not_finite", NEXT),
+    Fault("no width", append(T, "0 0.5 0.5 0 0.1\n"), "degenerate", NEXT),
+    Fault("negative height", append(T, "0 0.5 0.5 0.1 -0.1\n"), "negative", NEXT),
+    Fault("outside", append(T, "0 1.5 0.5 0.1 0.1\n"), "outside", NEXT),
+    Fault("partly outside", append(T, "0 1.0 0.5 0.5 0.1\n"), "partly_outside", NEXT, lost=-1),
+    Fault("twice", lambda root: append(T, (root / T).read_text().splitlines()[0])(root), "duplicate_box", NEXT),
+    Fault("not UTF-8", write(T, b"0 0.5 0.5 0.1 0.1 \xff\n"), "bad_label_file", T, lost=4, lost_pictures=1),
+    Fault("labels of no picture", write("labels/train/x.txt", "0 0.5 0.5 0.1 0.1\n"), "missing_file", "train/x.txt"),
+    Fault("no names", change("data.yaml", "names: [dog, cat, bird]", ""), "no_names", "data.yaml", True),
+    Fault("names empty", change("data.yaml", "[dog, cat, bird]", "[]"), "no_names", "data.yaml", True),
+    Fault("names without numbers", change("data.yaml", "[dog, cat, bird]", "{dog: 0}"), "bad_names", "data.yaml", True),
+    Fault("two of a name", change("data.yaml", "[dog, cat, bird]", "[dog, cat, dog]"), "same_name", "yaml, class 2"),
+    Fault("another number of names", change("data.yaml", "nc: 3", "nc: 4"), "class_count", "data.yaml"),
+    Fault("not YAML", append("data.yaml", "names: [dog\n"), "bad_yaml", "data.yaml", True),
+    Fault("no train folder", change("data.yaml", "images/train", "images/other"), "missing_split", "data.yaml", True),
+    Fault("no val folder", change("data.yaml", "images/val", "images/other"), "missing_split", "data.yaml", True),
+    Fault("no test folder", append("data.yaml", "test: images/test\n"), "missing_split", "data.yaml"),
+    Fault("no labels", no_labels, "no_labels", "yolo", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", YOLO, ids=lambda fault: fault.name)
+def test_yolo(fault, yolo_set):
+    fault.plant(yolo_set)
+    check(fault, yolo_set, OBJECTS - 1)
+
+
+def test_a_list_that_names_what_is_not_there(yolo_set):
+    (yolo_set / "train.txt").write_text("images/train/a.jpg\nimages/train/x.jpg\nimages/train/a.jpg\n")
+    change("data.yaml", "images/train", "train.txt")(yolo_set)
+    where = {problem.kind: problem.where for problem in inspect_data(yolo_set).problems}
+    assert where == {"missing_file": f"{yolo_set}/train.txt:2", "duplicate_image": f"{yolo_set}/train.txt:3"}
+    assert len(open_splits(yolo_set).train) == 1
+
+
+def test_every_kind_that_is_dropped_has_its_words():
+    planted = {fault.kind for fault in [*COCO, *VOC, *YOLO] if not fault.refuses} - {"leak"}
+    assert planted | {"no_annotations"} == set(DROPPED)
+
+
+def test_a_healthy_set_raises_no_alarm(coco_set, voc_set, yolo_set):
+    for root in (coco_set.write(), voc_set, yolo_set):
+        report = inspect_data(root)
+        assert report.ok and report.task == "detect" and "nothing is wrong" in rendered(report)
+    found = report.to_dict()  # YOLO's
+    assert [split["pictures"] for split in found["splits"]] == [4, 2]
+    assert found["splits"][0]["classes"] == {"dog": 4, "cat": 3, "bird": 3}
+    boxes = found["splits"][0]["boxes"]
+    assert boxes["objects"] == 10 and boxes["crowds"] == 0 and boxes["per_picture"] == (0, 3, 4)
+    assert boxes["empty_pictures"] == 1 and boxes["areas"] == {"small": 7, "medium": 3, "large": 0}
+    json.dumps(found)
+
+
+def test_crowds_are_counted_apart(coco_set):
+    report = inspect_data(coco_set.write())
+    boxes = report.splits[0].boxes
+    assert boxes is not None and (boxes.objects, boxes.crowds) == (10, 1) and "regions to ignore" in rendered(report)
+
+
+def test_faults_of_pictures_and_leaks_are_found_here_too(coco_set):
+    (coco_set.pictures / "a.jpg").write_bytes(b"no picture")
+    (coco_set.pictures / "e.jpg").write_bytes((coco_set.pictures / "b.jpg").read_bytes())
+    coco_set.val["images"][0].update(width=64, height=48)
+    kinds = Counter(problem.kind for problem in inspect_data(coco_set.write()).problems)
+    assert kinds == {"unreadable": 1, "leak": 1}
+
+
+def test_hints(coco_set):
+    """Twelve of one class and one of another, nearly all of them tiny, in pictures of which most are empty."""
+    train = open_splits(coco_set.write()).train
+    assert isinstance(train, BoxSource)
+    labels, boxes = np.array([0] * 12 + [1]), np.tile(np.array([0, 0, 20, 20], np.float32), (13, 1))
+    made = replace(train, labels=labels, boxes=boxes, area=boxes[:, 2] ** 2, crowd=np.zeros(13, np.bool_))
+    made = replace(made, starts=np.array([0, 13, 13, 13, 13]))
+    hints = box_hints(made, np.array([[3000, 4000]] * 4))
+    begins = ("very unequal classes: 12", "fewer than 50 objects", "no objects to learn from: bird")
+    for words in (*begins, "100% of the objects are", "75% of the pictures have no"):
+        assert sum(words in hint for hint in hints) == 1
+    assert len(hints) == 5 and len(box_hints(made, np.array([[60, 80]] * 4))) == 4
+
+
+def test_real_data(shared):
+    report = inspect_data(shared / "cells")
+    assert [(problem.kind, problem.where, problem.refuses) for problem in report.problems] == [
+        ("degenerate", f"{shared / 'cells' / 'train.json'}, annotation 2288", False),
+        ("degenerate", f"{shared / 'cells' / 'val.json'}, annotation 887", False),
+    ]
+    assert inspect_data(shared / "cells_voc").problems == []
