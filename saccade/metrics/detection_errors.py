@@ -16,12 +16,12 @@ from saccade.metrics.detection_matching import (
 )
 
 KINDS = {
-    "class": "at an object, with the wrong class",
-    "box": "the right class, and a box that is off",
-    "both": "the wrong class, and a box that is off",
-    "duplicate": "an object that was found already",
-    "background": "where no object is",
-    "missed": "an object without any detection",
+    "class": "wrong class on an object",
+    "box": "right class, box is off",
+    "both": "wrong class, box is off",
+    "duplicate": "object was found already",
+    "background": "no object is there",
+    "missed": "object without a detection",
 }
 CLASS, BOX, BOTH, DUPLICATE, BACKGROUND = range(5)
 
@@ -30,7 +30,7 @@ CLASS, BOX, BOTH, DUPLICATE, BACKGROUND = range(5)
 class ErrorKind:
     name: str  # of KINDS
     ap50: float  # what AP50 would gain, were there no error of this kind
-    shown: int  # errors at the best threshold; 0 of each kind where there is none
+    shown: int  # errors at the best threshold; where there is none, no detection is kept and every object missed
     count: int  # errors among all detections, however unsure
 
 

@@ -1,9 +1,9 @@
 """Which detection has found which object, by the rules of COCO (Lin et al. 2014), and precision and recall from that.
 
-Written here and not taken from faster-coco-eval or pycocotools, although both are well kept: the error split, the best
-threshold and the curves need to know of each detection what it found, and must come from the same evaluation as AP. The
-first keeps that in an object of C++ that Python cannot read, the second is slow, and both want a dictionary per box.
-Tests hold the figures equal to those of pycocotools.
+Written here and not taken from faster-coco-eval (releases since 2023, wheels for all systems) or pycocotools: the error
+split, the best threshold and the curves need to know of each detection what it found, and must come from the same
+evaluation as AP. The first keeps that in an object of C++ that Python cannot read, the second is slow, and both want a
+dictionary per box. Tests hold the figures equal to those of pycocotools; benchmarks/detection_metric.py compares speed.
 """
 
 from __future__ import annotations
@@ -146,9 +146,8 @@ def match(detections: Detections, objects: Objects, overlaps: Overlaps) -> Match
             continue
         o = object_[start:stop]
         able = ~taken[o] & (iou[start:stop, None, None] >= IOU_THRESHOLDS)  # (e, A, T)
-        score = preference[start:stop, None] + np.where(
-            aside[o], 0, E
-        )  # (e, A): those that count come before all others
+        first_choice = np.where(aside[o], 0, E)  # (e, A)
+        score = preference[start:stop, None] + first_choice
         score = np.where(able, score[:, :, None], -1)
         first = np.flatnonzero(np.diff(detection[start:stop], prepend=-1))
         best = np.maximum.reduceat(score, first, axis=0)  # (d, A, T)

@@ -214,41 +214,39 @@ def _draw_curves(report: DetectionReport, path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     with chart_style():
-        figure = Figure(figsize=(15, 5), layout="constrained")
+        figure = Figure(figsize=(15, 6), layout="constrained")
         loose, strict, thresholds = figure.subplots(1, 3)
         named = _named_curves(report)
-        for axes, i, title, average in (
-            (loose, 0, "Precision and recall at IoU 0.5", lambda scores: scores.ap50),
-            (strict, 1, "Mean over IoU 0.5 to 0.95", lambda scores: scores.ap),
-        ):
-            axes.set_title(title)
-            axes.set_xlabel("recall")
-            axes.set_ylabel("precision")
-            _draw_classes(axes, report, i, named, average)
-        loose.plot(
-            report.recall, report.precision, "o", color=INK, markersize=8, markerfacecolor="none",
-            label="all classes together at the best threshold",
-        )  # fmt: skip
-        for axes in (loose, strict):
-            if report.objects:
-                axes.legend(loc="lower left", fontsize=8.5)
+        loose.set_title("Precision and recall at IoU 0.5")
+        _draw_classes(loose, report, 0, named, lambda scores: scores.ap50)
+        strict.set_title("Mean over IoU 0.5 to 0.95")
+        _draw_classes(strict, report, 1, named, lambda scores: scores.ap)
+        if report.threshold is not None:
+            label = f"all together, at threshold {report.threshold:.2f}"
+            loose.plot(
+                report.recall, report.precision, "o", color=INK, ms=9, mfc="white", mew=1.5, zorder=3, label=label
+            )
 
-        note = "" if report.threshold is None else f": best F1 {percent(report.f1)} at {report.threshold:.2f}"
-        thresholds.set_title("Threshold, IoU 0.5" + note)
-        thresholds.set_xlabel("detections that score this or more are kept")
-        for name, values, colour in zip(
-            ("precision", "recall", "F1"), report.sweep, (BLUE, ORANGE, GREEN), strict=True
-        ):
-            thresholds.plot(SWEEP, values, color=colour, linewidth=2, label=name)
+        best = "none" if report.threshold is None else f"F1 {percent(report.f1)} at {report.threshold:.2f}"
+        thresholds.set_title(f"Best threshold: {best}")
+        thresholds.set_xlabel("threshold: what scores less is left out (IoU 0.5)")
+        # of the last few detections the precision is a matter of luck
+        enough = np.nan_to_num(report.sweep[1]) >= 0.02
+        for name, row, colour in zip(("precision", "recall", "F1"), report.sweep, (BLUE, ORANGE, GREEN), strict=True):
+            thresholds.plot(SWEEP[enough], row[enough], color=colour, linewidth=2, label=name)
         if report.threshold is not None:
             thresholds.axvline(report.threshold, color=FAINT, linestyle="--", linewidth=1.2)
-        thresholds.legend(loc="lower left", fontsize=8.5)
         for axes in (loose, strict, thresholds):
             axes.set_xlim(0, 1)
             axes.set_ylim(0, 1.02)
             axes.grid(True)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+            if axes.get_legend_handles_labels()[0]:  # below, for anywhere else it may hide a curve
+                columns = 3 if axes is thresholds else 2
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=9, frameon=False)
         for axes in (loose, strict):
+            axes.set_xlabel("recall")
+            axes.set_ylabel("precision")
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         save_figure(figure, path)
 
@@ -263,15 +261,14 @@ def _named_curves(report: DetectionReport) -> list[int]:
 def _draw_classes(
     axes: Axes, report: DetectionReport, i: int, named: list[int], average: Callable[[Any], float | None]
 ) -> None:
-    colours = [f"C{n}" for n in range(MANY)]
     known = np.flatnonzero(~np.isnan(report.curves[:, 0, 0]))
     for k in known:
         if k not in named:
             axes.plot(RECALLS, report.curves[k, i], color=FAINT, linewidth=0.6, alpha=0.35)
     for n, k in enumerate(named):
         scores = report.classes[k]
-        label = f"{shorten(scores.name, 24)}  {_known(average(scores))}"
-        axes.plot(RECALLS, report.curves[k, i], color=colours[n], linewidth=1.3, label=label)
+        label = f"{shorten(scores.name, 16)}  {_known(average(scores))}"
+        axes.plot(RECALLS, report.curves[k, i], color=f"C{n}", linewidth=1.3, label=label)
     if len(known) > 1:
         label = f"mean of {len(known)} classes  {_known(report.ap if i else report.ap50)}"
         axes.plot(RECALLS, report.mean_curves()[i], color=INK, linewidth=2.6, label=label)
@@ -294,8 +291,8 @@ def _draw_errors(report: DetectionReport, path: Path) -> None:
         cost.set_yticks(places, [f"{kind.name}\n({KINDS[kind.name]})" for kind in report.errors], linespacing=1.3)
         shown = [kind.shown for kind in report.errors]
         often.barh(places, shown, height=0.62, color=ORANGE)
-        at = "no detection is right" if report.threshold is None else f"what scores {report.threshold:.2f} or more"
-        often.set_title(f"Mistakes among {at}")
+        at = "without any detection" if report.threshold is None else f"at threshold {report.threshold:.2f}"
+        often.set_title(f"Mistakes {at}")
         for axes, values, notes in (
             (cost, gains, [percent(gain) for gain in gains]),
             (often, shown, [str(count) for count in shown]),
@@ -307,6 +304,7 @@ def _draw_errors(report: DetectionReport, path: Path) -> None:
             axes.tick_params(length=0)
             axes.spines["left"].set_visible(False)
         cost.invert_yaxis()
+        cost.xaxis.set_major_locator(MaxNLocator(5))
         cost.xaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
-        often.xaxis.set_major_locator(MaxNLocator(integer=True))
+        often.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         save_figure(figure, path)

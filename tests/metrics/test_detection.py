@@ -370,7 +370,10 @@ def test_crowds_are_neither_right_nor_wrong():
     report = evaluate([picture], 1)
     assert (report.objects, report.crowds, report.detections) == (1, 1, 2)
     assert {kind.name: kind.count for kind in report.errors if kind.count} == {"background": 1}
-    assert report.ap == pytest.approx(0.5) and report.recall == 1
+    assert report.ap == pytest.approx(0.5) and (report.precision, report.recall) == (0.5, 1)
+    # nor is a detection of another class meant for it
+    report = evaluate([by_hand([(BOX, 0.9, 1)], [(BOX, 0)], [True])], 2)
+    assert {kind.name: kind.count for kind in report.errors if kind.count} == {"background": 1}
     # a real object goes before the crowd that it lies in
     report = evaluate([by_hand([(BOX, 0.9, 0)], [([0, 0, 100, 100], 0), (BOX, 0)], [True, False])], 1)
     assert report.ap == 1
@@ -443,7 +446,7 @@ def test_any_kind_of_number(kind):
 def test_table_names_every_class_or_the_worst_and_the_best():
     names = ["[red]odd[/red] name", "a very long name of a class that does not fit into a column", "$x$", "d", "none"]
     text = rendered(evaluate(random_pictures(9), names))
-    assert "[red]odd[/red] name" in text and "a very long name" in text and "background" in text
+    assert "[red]odd[/red] name" in text and "a very long name" in text and "AP50 lost" in text and "of all" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     many = rendered(evaluate(random_pictures(9, classes=60), 60))
     assert "(40 more)" in many and len(many.splitlines()) < 60
