@@ -16,6 +16,7 @@ from saccade.backbones.base import Row
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models import build_network, model_row, name_of, task_of
+from saccade.models.detector import DetectorRow
 from saccade.weights import recognition
 from saccade.weights.descriptions import read_class_names, read_preprocessing
 from saccade.weights.formats.table import Format, Rule, Shapes, read_state
@@ -80,13 +81,15 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
     aside = sorted(set(aside) - {name for rule in rules for name in rule.theirs})
     if aside:
         notes.append(f"left aside, being of no use here: {shortened(aside)}")
+    if not keep_head and isinstance(row, DetectorRow):
+        raise UserError(f"{raw.where}: a detector ({form.name}), which is nothing without its head; keep it")
     if classes and not keep_head:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         notes.append(f"the head for {classes} classes is left out, as asked")
         classes = 0
     known = next((each for every in PUBLISHED.values() for each in every if each.name == raw.where), None)
     preprocessing, found = read_preprocessing(raw.where, raw.config, raw.preprocessor, row, form.preprocessing)
-    class_names, more = read_class_names(raw.config, classes, _is_imagenet(raw, form, known))
+    class_names, more = read_class_names(raw.config, classes, _is_imagenet(raw, form, known), task_of(row))
     unknown = raw.licence == UNKNOWN_LICENCE
     return Imported(
         row,
@@ -144,7 +147,9 @@ def _ask(where: str, form: Format, question: Callable[[], T]) -> T:
 
 def _refuse_absurd(where: str, row: Row, shapes: Shapes) -> None:
     """Before anything is built: no figure beyond reason, and no more blocks than there are tensors."""
-    for name, value in asdict(row).items():
+    described = asdict(row)
+    inner = described.pop("backbone", None)  # of a detector
+    for name, value in [*described.items(), *(inner.items() if isinstance(inner, dict) else ())]:
         figures = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int | float)]
         most = len(shapes) if "depth" in name else WIDEST
         if any(not abs(figure) <= most for figure in figures) or ("depth" in name and sum(figures) > most):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,11 +12,14 @@ from pydantic import ValidationError
 from saccade.backbones.base import Row
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
+from saccade.models.detector import DetectorRow
 
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 CODES = {name: code for code, name in PILLOW.items()}
 KINDS = ("bilinear", "bicubic", "lanczos")
 PIXEL = 1 / 255
+NO_NAME = "N/A"  # of a number that a published detector skips; it is never predicted
+COCO = 91  # numbers, of which 80 are used
 
 
 # --- preprocessing ---------------------------------------------------------------------------------------------------
@@ -35,7 +38,11 @@ def read_preprocessing(
     values: dict[str, Any] = {"image_size": row.image_size}
     try:
         if preprocessor:
+            if isinstance(row, DetectorRow) and usual:  # older files do not say what is usual for their class
+                values["interpolation"] = usual.interpolation
             values |= _from_huggingface(preprocessor, notes)
+            if isinstance(row, DetectorRow):
+                values["image_size"] = _side_by_edges(preprocessor, values["image_size"], row.stride)
         elif isinstance(described, Mapping) and "mean" in described:
             values |= _from_timm(described, notes)
         else:
@@ -101,6 +108,16 @@ def _edge(size: Any, notes: list[str]) -> int | None:
     return None
 
 
+def _side_by_edges(given: Mapping[str, Any], side: int, stride: int) -> int:
+    """Detectors bound the sides and keep the shape: the side of a square of as many pixels as a picture of 4:3 gets."""
+    size = given.get("size")
+    longest = size.get("longest_edge") if isinstance(size, Mapping) else given.get("max_size")
+    if longest is None:
+        return side
+    shortest = min(side, int(longest) * 3 / 4)
+    return max(1, round(shortest * math.sqrt(4 / 3) / stride)) * stride
+
+
 def _side(height: Any, width: Any, notes: list[str]) -> int:
     if height == width:
         return int(height)
@@ -121,8 +138,12 @@ def _interpolation(name: str, notes: list[str]) -> str:
     return "bicubic"
 
 
-def write_preprocessor(given: PreprocessingConfig) -> dict[str, Any]:
-    """preprocessor_config.json. Where nothing is cropped, their class squashes pictures to squares."""
+def write_preprocessor(
+    given: PreprocessingConfig, processor: Callable[[PreprocessingConfig], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """preprocessor_config.json, with a format's own words. Where nothing is cropped, the usual class squashes pictures
+    to squares.
+    """
     side = {"height": given.image_size, "width": given.image_size}
     form: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": side}
     if given.crop < 1:
@@ -133,6 +154,8 @@ def write_preprocessor(given: PreprocessingConfig) -> dict[str, Any]:
             "crop_pct": given.crop,
             "do_center_crop": True,
         }
+    if processor is not None:
+        form = processor(given)
     return {
         **form,
         "do_resize": True,
@@ -160,8 +183,13 @@ def write_pretrained_cfg(given: PreprocessingConfig, classes: int) -> dict[str, 
 # --- names of classes ------------------------------------------------------------------------------------------------
 
 
-def read_class_names(config: Mapping[str, Any], classes: int, imagenet: bool) -> tuple[tuple[str, ...], list[str]]:
-    """A name for each class, none twice; numbers where there are none. `imagenet`: the source says that it is that."""
+def read_class_names(
+    config: Mapping[str, Any], classes: int, imagenet: bool, task: str = "classify"
+) -> tuple[tuple[str, ...], list[str]]:
+    """A name for each class, none twice but for NO_NAME; numbers where there are none.
+
+    `imagenet`: the source says that it is that. A detector of 91 numbers was made for COCO's.
+    """
     if not classes:
         return (), []
     notes: list[str] = []
@@ -175,6 +203,11 @@ def read_class_names(config: Mapping[str, Any], classes: int, imagenet: bool) ->
 
             notes.append("names of the classes: taken to be those of ImageNet-1k, in its usual order")
             return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"]), notes
+        if task == "detect" and classes == COCO:
+            from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+            notes.append("names of the classes: taken to be those of COCO, by its numbers")
+            return (NO_NAME, *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]), notes
         return tuple(str(k) for k in range(classes)), notes
     return _distinct([_printable(name) or str(k) for k, name in enumerate(names)], notes), notes
 
@@ -213,7 +246,7 @@ def _distinct(names: list[str], notes: list[str]) -> tuple[str, ...]:
     seen: set[str] = set()
     doubled = []
     for k, name in enumerate(names):
-        while names[k] in seen:
+        while names[k] in seen and name != NO_NAME:
             names[k] = f"{names[k]} ({k})"
         if names[k] != name:
             doubled.append(name)

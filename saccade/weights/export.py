@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from saccade.backbones.base import Row
 from saccade.errors import UserError
 from saccade.models import read_row
 from saccade.weights.convert import describe_network, import_weights
@@ -85,6 +86,8 @@ def convert(
             raise UserError(f"{source}: a model of saccade, which says what it is; leave --model and --branch out")
         loaded = load_weights(source)
         weights, card, notes, read_as = loaded.weights, loaded.card, loaded.notes, "saccade"
+        if not keep_head and card.task == "detect":
+            raise UserError(f"{source}: a detector, which is nothing without its head; keep it")
         if not keep_head and card.class_names:
             weights, card, notes = _without_head(weights, card, notes)
     else:
@@ -153,17 +156,7 @@ def _without_head(
 def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str, where: str = "") -> dict[str, bytes]:
     """The files of a folder in the hub's layout, by name."""
     row, classes = read_row(card.architecture, where or card.model), len(card.class_names)
-    form = _writer(row.family, dialect, where or card.model)
-    try:
-        rules, config = form.rules(row, classes), form.write_config(row, classes)
-        theirs = write_state(weights, rules)
-    except UserError:
-        raise
-    except (KeyError, ValueError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"{where or card.model}: {form.name} has no model of this form ({row.about}): {error}; "
-            "only forms that the other library has can be written for it"
-        ) from None
+    form, config, theirs = _write(row, classes, weights, dialect, where or card.model)
     theirs |= _mask_token(theirs, config)
     files = {
         "model.safetensors": serialise(theirs, {"format": "pt"}),
@@ -171,7 +164,7 @@ def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str,
         "README.md": _readme(card).encode(),
     }
     if dialect == "huggingface":
-        files["preprocessor_config.json"] = _json(write_preprocessor(card.preprocessing))
+        files["preprocessor_config.json"] = _json(write_preprocessor(card.preprocessing, form.processor))
     return files
 
 
@@ -184,14 +177,30 @@ def _mask_token(theirs: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
     return {beside.replace("cls_token", "mask_token"): torch.zeros((1,) * (dimensions - 1) + (width,))}
 
 
-def _writer(family: str, dialect: str, where: str) -> Format:
+def _write(
+    row: Row, classes: int, weights: Mapping[str, Tensor], dialect: str, where: str
+) -> tuple[Format, dict[str, Any], dict[str, Tensor]]:
+    """The first format of the dialect that has words for the model, its config.json and the weights in it."""
+    family = row.family
     found = [each for each in FORMATS if each.family == family and each.dialect == dialect]
     if not found:
         others = [each.dialect for each in FORMATS if each.family == family and each.dialect in DIALECTS.values()]
         flags = {dialect: flag for flag, dialect in DIALECTS.items()}
         instead = f"; --to {flags[others[0]]} can" if others else ""
         raise UserError(f"{where}: a {family} cannot be written for {dialect}, which has no such model{instead}")
-    return found[0]
+    reasons: list[Exception] = []
+    for form in found:
+        try:
+            config = form.write_config(row, classes)
+            return form, config, write_state(weights, form.rules(row, classes))
+        except (UserError, KeyError, ValueError, AssertionError, NotImplementedError) as error:
+            reasons.append(error)
+    if all(isinstance(reason, UserError) for reason in reasons):
+        raise UserError("; ".join(str(reason) for reason in reasons))
+    raise UserError(
+        f"{where}: {found[0].name} has no model of this form ({row.about}): {'; '.join(map(str, reasons))}; "
+        "only forms that the other library has can be written for it"
+    )
 
 
 def _described(config: dict[str, Any], card: ModelCard, dialect: str) -> dict[str, Any]:

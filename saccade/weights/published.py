@@ -16,6 +16,7 @@ IN22K_1K = "ImageNet-22k, then ImageNet-1k"
 LVD142M = "LVD-142M, without labels (its pictures are not published)"
 LVD1689M = "LVD-1689M, without labels (its pictures are not published)"
 WEBLI = "WebLI, pictures with texts (not published)"
+COCO = "COCO 2017"
 WIT = "400 million pictures with texts (not published)"
 OPENAI = "mit (of the code; the page of the weights states none)"
 
@@ -185,4 +186,8 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "levit_192": (_timm("levit_192.fb_dist_in1k", IN1K),),
     "levit_256": (_timm("levit_256.fb_dist_in1k", IN1K),),
     "levit_384": (_timm("levit_384.fb_dist_in1k", IN1K),),
+    "detr_resnet50": (_hf("facebook/detr-resnet-50", COCO),),
+    "detr_resnet50_dc5": (_hf("facebook/detr-resnet-50-dc5", COCO),),
+    "detr_resnet101": (_hf("facebook/detr-resnet-101", COCO),),
+    "detr_resnet101_dc5": (_hf("facebook/detr-resnet-101-dc5", COCO),),
 }

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from saccade.backbones import BACKBONES
 from saccade.errors import UserError
+from saccade.models import BACKBONES, DETECTORS
 from saccade.weights.formats import FORMATS
 from saccade.weights.formats.table import Format, Shapes
 
@@ -62,7 +62,7 @@ def _expected() -> list[tuple[Format, set[str]]]:
     """The names that each format has for the models of its family's table, with a head."""
     expected = []
     for form in FORMATS:
-        for row in BACKBONES.values():
+        for row in (*BACKBONES.values(), *DETECTORS.values()):
             if row.family == form.family:
                 try:
                     rules = form.rules(row, 1000)

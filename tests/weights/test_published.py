@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saccade.backbones import BACKBONES, build_backbone
-from saccade.models.embedder import Embedder
+from saccade.models import BACKBONES, DETECTORS, build_network, model_row
+from saccade.models.detector import DetectorRow
 from saccade.weights.formats import FORMATS
 from saccade.weights.formats.table import write_state
 from saccade.weights.hub import hub_name
@@ -17,12 +17,14 @@ ENTRIES = [(model, each) for model, several in PUBLISHED.items() for each in sev
 
 
 def test_every_model_exists() -> None:
-    assert set(PUBLISHED) <= set(BACKBONES)
+    assert set(PUBLISHED) <= {*BACKBONES, *DETECTORS}
     assert all(PUBLISHED.values())
 
 
 def test_every_family_but_our_own_has_weights() -> None:
-    assert {BACKBONES[model].family for model in PUBLISHED} == {row.family for row in BACKBONES.values()}
+    assert {BACKBONES[model].family for model in PUBLISHED if model in BACKBONES} == {
+        row.family for row in BACKBONES.values()
+    }
 
 
 def test_every_entry_is_whole() -> None:
@@ -31,22 +33,23 @@ def test_every_entry_is_whole() -> None:
         assert each.licence.strip() and each.training_data.strip(), each
         assert each.name.startswith("timm/") == (each.dialect == "timm"), each
         families = {form.family for form in FORMATS if form.dialect == each.dialect}
-        assert BACKBONES[model].family in families, f"{each} is in a dialect that {model} does not have"
+        assert model_row(model).family in families, f"{each} is in a dialect that {model} does not have"
     assert len({each.name for _, each in ENTRIES}) == len(ENTRIES)
 
 
 @pytest.mark.parametrize("model", [model for model, each in ENTRIES if each.dialect == "huggingface"])
 def test_form_in_the_dialect_of_hugging_face(model: str) -> None:
     """Written in that dialect, our model is read back as the same model. (For timm's, the parity tests ask timm.)"""
-    row = BACKBONES[model]
+    row = model_row(model)
+    classes = 91 if isinstance(row, DetectorRow) else 0
     form = next(form for form in FORMATS if (form.dialect, form.family) == ("huggingface", row.family))
     with torch.device("meta"):
-        ours = Embedder(build_backbone(row)).state_dict()
-        theirs = write_state(ours, form.rules(row, 0))
-    shapes, config = {name: tuple(tensor.shape) for name, tensor in theirs.items()}, form.write_config(row, 0)
+        ours = build_network(row, classes).state_dict()
+        theirs = write_state(ours, form.rules(row, classes))
+    shapes, config = {name: tuple(tensor.shape) for name, tensor in theirs.items()}, form.write_config(row, classes)
     found = recognise(model, shapes, config)
     assert (found.dialect, found.family) == ("huggingface", row.family)
-    assert found.row(shapes, config).is_like(row) and found.classes(shapes, config) == 0
+    assert found.row(shapes, config).is_like(row) and found.classes(shapes, config) == classes
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saccade.weights.formats import efficientformer, efficientvit, levit, resnet, swin, vit
+from saccade.weights.formats import detr, efficientformer, efficientvit, levit, resnet, swin, vit
 from saccade.weights.formats.table import Format
 
 FORMATS: tuple[Format, ...] = (
@@ -12,4 +12,5 @@ FORMATS: tuple[Format, ...] = (
     *efficientformer.FORMATS,
     *levit.FORMATS,
     *resnet.FORMATS,
+    *detr.FORMATS,
 )

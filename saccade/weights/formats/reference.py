@@ -35,14 +35,15 @@ class FileNamed(nn.Module):
     """A reference model under the names of its files, where those in memory are others.
 
     `places` gives for each name in files the tensors in memory that stand in it one above the other. `answer` computes
-    logits, or the summary without classes. `parts` are modules that are found by other paths than in memory.
+    logits, or the summary without classes, or what a detector gives. `parts` are modules that are found by other paths
+    than in memory.
     """
 
     def __init__(
         self,
         inner: nn.Module,
         places: Mapping[str, tuple[str, ...]],
-        answer: Callable[[Any, Tensor], Tensor],
+        answer: Callable[[Any, Tensor], Any],
         parts: Mapping[str, nn.Module],
     ):
         super().__init__()
@@ -53,7 +54,7 @@ class FileNamed(nn.Module):
         self.register_state_dict_post_hook(_to_files)
         self.register_load_state_dict_pre_hook(_from_files)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         with exact(images):
             return self.answer(self.inner, images)
 

@@ -64,7 +64,8 @@ HUGGINGFACE = Names(
 )
 
 
-def _rules(row: Row, classes: int, names: Names, prefix: str = "") -> list[Rule]:
+def rules(row: Row, classes: int, names: Names, prefix: str = "") -> list[Rule]:
+    """`prefix` is that of the backbone within a larger model of theirs."""
     assert isinstance(row, ResNetConfig)
     conv, norm = names.stem
     rules = conv_norm("backbone.stem", prefix + conv, prefix + norm)
@@ -88,7 +89,7 @@ def _has_shortcut(row: ResNetConfig, stage: int, block: int) -> bool:
     return block == 0 and (stage > 0 or row.channels[0] != row.stem)
 
 
-def _stages(row: Row, names: Names, prefix: str = "") -> list[Stage]:
+def stages(row: Row, names: Names, prefix: str = "") -> list[Stage]:
     assert isinstance(row, ResNetConfig)
     return [
         Stage("stem", "backbone.stem", prefix + names.stem_output),
@@ -129,7 +130,7 @@ def _plain_widths(shapes: Shapes) -> tuple[int, int, int, int] | None:
     return None if others else (widths[0], widths[1], widths[2], widths[3])
 
 
-def _plain_row(shapes: Shapes, config: Mapping[str, Any]) -> ResNetConfig:
+def plain_row(shapes: Shapes, config: Mapping[str, Any]) -> ResNetConfig:
     widths = _plain_widths(shapes)
     assert widths is not None
     arguments = config.get("model_args") or {}
@@ -217,7 +218,7 @@ def _hf_recognises(shapes: Shapes, config: Mapping[str, Any]) -> bool:
     return all(name in shapes for name in known) and config.get("model_type", "resnet") == "resnet"
 
 
-def _hf_row(shapes: Shapes, config: Mapping[str, Any]) -> ResNetConfig:
+def huggingface_row(shapes: Shapes, config: Mapping[str, Any]) -> ResNetConfig:
     standard = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False, "hidden_act": "relu"}
     for name, value in standard.items():
         if config.get(name, value) != value:
@@ -237,7 +238,7 @@ def _hf_row(shapes: Shapes, config: Mapping[str, Any]) -> ResNetConfig:
     )
 
 
-def _hf_config(row: Row, classes: int) -> dict[str, Any]:
+def huggingface_config(row: Row, classes: int) -> dict[str, Any]:
     assert isinstance(row, ResNetConfig)
     if row.dilated:
         raise UserError("Hugging Face's ResNet has no dilated last stage; write another dialect")
@@ -259,7 +260,7 @@ def _build_hf(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from transformers import ResNetConfig as TheirConfig
     from transformers import ResNetForImageClassification, ResNetModel
 
-    values = TheirConfig.from_dict({**_hf_config(row, classes), "num_labels": classes})
+    values = TheirConfig.from_dict({**huggingface_config(row, classes), "num_labels": classes})
     return ResNetForImageClassification(values) if classes else ResNetModel(values)
 
 
@@ -273,10 +274,10 @@ FORMATS: tuple[Format, ...] = (
         dialect="torchvision",
         family=ResNetConfig.family,
         recognises=lambda shapes, config: not config and _plain_widths(shapes) is not None,
-        row=_plain_row,
+        row=plain_row,
         classes=lambda shapes, config: _classes(shapes, "fc.weight"),
-        rules=lambda row, classes: _rules(row, classes, TORCHVISION),
-        stages=lambda row: _stages(row, TORCHVISION),
+        rules=lambda row, classes: rules(row, classes, TORCHVISION),
+        stages=lambda row: stages(row, TORCHVISION),
         write_config=lambda row, classes: {},
         peer=Peer("torchvision", _build_torchvision, lambda model, images: model(images)),
         preprocessing=PreprocessingConfig(stride=32, interpolation="bilinear", crop=0.875),
@@ -287,10 +288,10 @@ FORMATS: tuple[Format, ...] = (
         recognises=lambda shapes, config: (
             config.get("architecture") in PLAIN.values() and _plain_widths(shapes) is not None
         ),
-        row=_plain_row,
+        row=plain_row,
         classes=lambda shapes, config: _classes(shapes, "fc.weight"),
-        rules=lambda row, classes: _rules(row, classes, TIMM),
-        stages=lambda row: _stages(row, TIMM),
+        rules=lambda row, classes: rules(row, classes, TIMM),
+        stages=lambda row: stages(row, TIMM),
         write_config=_timm_config,
         peer=Peer("timm", _build_timm, lambda model, images: model(images)),
         preprocessing=PreprocessingConfig(stride=32, interpolation="bicubic", crop=0.95),
@@ -299,11 +300,11 @@ FORMATS: tuple[Format, ...] = (
         dialect="huggingface",
         family=ResNetConfig.family,
         recognises=_hf_recognises,
-        row=_hf_row,
+        row=huggingface_row,
         classes=lambda shapes, config: _classes(shapes, "classifier.1.weight"),
-        rules=lambda row, classes: _rules(row, classes, HUGGINGFACE, _prefix(classes)),
-        stages=lambda row: _stages(row, HUGGINGFACE, prefix="resnet."),
-        write_config=_hf_config,
+        rules=lambda row, classes: rules(row, classes, HUGGINGFACE, _prefix(classes)),
+        stages=lambda row: stages(row, HUGGINGFACE, prefix="resnet."),
+        write_config=huggingface_config,
         peer=Peer("transformers", _build_hf, _hf_logits),
         preprocessing=PreprocessingConfig(stride=32, interpolation="bicubic", crop=0.875),
     ),

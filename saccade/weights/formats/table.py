@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saccade.backbones.base import Row
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
+from saccade.models.detector import BoxTargets, DetectionOutputs
 
 State = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,11 +66,33 @@ class Peer:
 
 
 @dataclass(frozen=True)
+class ReferenceLoss:
+    """What a reference's own loss says of its outputs. Names have the form of `part_of`."""
+
+    terms: dict[str, Tensor]  # weighted scalars, whose sum is learnt from
+    matched: dict[str, Tensor]  # for each thing of the batch the number of its query (M,), -1 where it has none
+
+
+def part_of(layer: str, what: str) -> str:
+    """The name of a part of a detector's loss, such as `layer 6: giou`; the layers are `layer 1`, ..., `proposals`."""
+    return f"{layer}: {what}"
+
+
+@dataclass(frozen=True)
+class DetectorPeer(Peer):
+    """`logits` are those of the last layer."""
+
+    outputs: Callable[[nn.Module, Tensor], DetectionOutputs]  # normalised pictures -> all that can be compared
+    loss: Callable[[nn.Module, DetectionOutputs, BoxTargets], ReferenceLoss]
+
+
+@dataclass(frozen=True)
 class Format:
     """A family of models in a dialect.
 
     `config` is the parsed `config.json` beside the weights, empty for a bare file. `rules(row, classes)` names every
-    tensor of our network (`backbone...`, and `head.weight`, `head.bias` where there are classes).
+    tensor of our network (`backbone...`, and `head.weight`, `head.bias` where there are classes). The first of several
+    formats of one dialect and family whose `write_config` has words for a model is the one that is written.
     """
 
     dialect: str  # timm, huggingface, torchvision, original
@@ -83,6 +106,7 @@ class Format:
     ignored: tuple[str, ...] = ()  # patterns of keys that carry nothing to learn (index buffers, mask tokens)
     peer: Peer | None = None
     preprocessing: PreprocessingConfig | None = None  # where the source says nothing
+    processor: Callable[[PreprocessingConfig], dict[str, Any]] | None = None  # their own words in preprocessor_config
 
     @property
     def name(self) -> str:
