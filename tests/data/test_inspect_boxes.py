@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections import Counter
@@ -20,7 +21,7 @@ from saccade.data.inspect import inspect_data
 from saccade.data.inspect_boxes import box_hints
 from saccade.data.loader import measure_sizes
 from saccade.data.source import BoxSource
-from saccade.data.sources import fit_to_pictures, open_splits
+from saccade.data.sources import find, fit_to_pictures, open_splits
 from saccade.data.sources.boxes import DROPPED
 from saccade.errors import UserError
 
@@ -248,6 +249,27 @@ def test_a_split_that_is_only_for_tests_may_lack_annotations(coco_set):
     (root / "test.json").write_text(json.dumps({"images": coco_set.val["images"], "categories": []}))
     splits = open_splits(root)
     assert len(splits.val) == 2 and any("1 split without annotations is left out" in note for note in splits.notes)
+
+
+JUNK = (None, True, [], {}, "", -1, 0, 1e308, 10**400, float("nan"), "\0", "/", [[1, 2], [3, 4]], [None] * 4, 3.5, "12")
+
+
+def test_whatever_lies_in_a_file_is_said_and_never_a_crash(coco_set):
+    rng = np.random.default_rng(0)
+    healthy = json.dumps(coco_set.train)
+    for k in range(120):
+        coco_set.train = json.loads(healthy)
+        inside: Any = coco_set.train
+        key = str(rng.choice(list(inside)))
+        for depth in range(1 + k % 4):  # a list, one of its entries, one of that one's values, a part of that value
+            if depth and isinstance(inside[key], list | dict) and inside[key]:
+                inside = inside[key]
+                key = list(inside)[rng.integers(len(inside))] if isinstance(inside, dict) else rng.integers(len(inside))
+        inside[key] = JUNK[rng.integers(len(JUNK))]
+        root = coco_set.write()
+        find(root)
+        with contextlib.suppress(UserError):
+            open_splits(root)
 
 
 def change(name: str, old: str, new: str) -> Callable[[Any], object]:

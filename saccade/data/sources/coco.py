@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem
-from saccade.data.sources.boxes import Annotations, build, missing_sizes, suspicions
+from saccade.data.sources.boxes import LARGEST, Annotations, build, missing_sizes, suspicions
 from saccade.data.sources.listing import Listing, PictureFinder, plain_name
 from saccade.errors import UserError
 
@@ -140,7 +140,7 @@ class _File:
     path: Path
     names: dict[Hashable, str] = field(default_factory=dict)  # category id -> name
     above: set[str] = field(default_factory=set)  # super-categories
-    image_ids: list[Hashable] = field(default_factory=list)
+    image_ids: list[int | float | str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # height, width
     same: dict[Hashable, int] = field(default_factory=dict)  # image id -> position
@@ -234,7 +234,7 @@ def _read_categories(file: _File, entries: list[Any], found: Found) -> None:
 def _read_images(file: _File, entries: list[Any], found: Found) -> None:
     by_name: dict[str, int] = {}
     for k, entry in enumerate(entries):
-        number = entry.get("id") if isinstance(entry, dict) else None
+        number: Any = entry.get("id") if isinstance(entry, dict) else None
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not _is_id(number) or not isinstance(name, str) or not name.strip() or "\0" in name:
             lacks = "file_name" if _is_id(number) else "id"
@@ -264,7 +264,8 @@ def _read_images(file: _File, entries: list[Any], found: Found) -> None:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
+    """Also 3.0, as tables export it, which is the same key as 3."""
+    return isinstance(value, int | str) and not isinstance(value, bool) or isinstance(value, float) and value % 1 == 0
 
 
 def _side(value: Any) -> int:
@@ -333,7 +334,10 @@ def _key(table: dict[Hashable, Any], number: Any) -> Hashable:
     """The key that means this id: exporters disagree on whether ids are numbers or texts."""
     if number in table:
         return number
-    other: Hashable = str(number) if isinstance(number, int) else int(number) if number.isdecimal() else None
+    if isinstance(number, str):
+        other: Hashable = int(number) if number.isdecimal() and number.isascii() and len(number) < 20 else None
+    else:
+        other = str(int(number))
     return other if other in table else None
 
 
@@ -352,14 +356,14 @@ def _area(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return -1.0
-    return number if 0 <= number < float("inf") else -1.0
+    return number if 0 <= number <= LARGEST**2 else -1.0
 
 
 def _numbers(values: list[Any]) -> tuple[np.ndarray, dict[int, tuple[str, str]]]:
     """Boxes (M, 4), and what is wrong with those that are not four numbers."""
     try:
-        boxes = np.array(values, dtype=np.float64).reshape(-1, 4) if values else np.zeros((0, 4))
-        if len(boxes) == len(values) and all(type(value) is list for value in values):
+        boxes = np.array(values, dtype=np.float64) if values else np.zeros((0, 4))
+        if boxes.shape == (len(values), 4) and all(type(value) is list for value in values):
             return boxes, {}
     except (TypeError, ValueError, OverflowError):
         pass
@@ -449,7 +453,7 @@ def _source(
         annotated=(str(file.path),),
         unit="annotation",
         area=file.area[kept],
-        numbers=tuple(n for n in numbers if isinstance(n, int)) if all(isinstance(n, int) for n in numbers) else (),
+        numbers=() if any(isinstance(n, str) for n in numbers) else tuple(int(n) for n in numbers),
     )
     return build(stated, found)
 
