@@ -16,13 +16,14 @@ from saccade.backbones import build_backbone
 from saccade.backbones.base import Row
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
-from saccade.models import read_row
+from saccade.models import build_network, read_row
+from saccade.models.detector import Detector, DetectorRow
 from saccade.verification.certificate import FORMAT, compare_recorded, read_certificate, record
 from saccade.verification.compare import (
     DTYPES,
     TOLERANCES,
     Comparison,
-    Loss,
+    Judge,
     Network,
     Outcome,
     compare,
@@ -32,11 +33,12 @@ from saccade.verification.compare import (
     run_ours,
     run_theirs,
 )
+from saccade.verification.detection import judge_ours, judge_theirs, made_up_counts, made_up_targets
 from saccade.verification.pictures import Pictures, choose_pictures, read_shape
 from saccade.verification.report import Verification
 from saccade.weights.fingerprint import hash_tensors
 from saccade.weights.formats import FORMATS
-from saccade.weights.formats.table import Format, Rule, State, read_state, write_state
+from saccade.weights.formats.table import DetectorPeer, Format, Rule, State, read_state, write_state
 from saccade.weights.load import is_ours, load_weights
 
 __all__ = ["Verification", "verify"]
@@ -61,11 +63,7 @@ class Subject:
     def rules(self) -> list[Rule]:
         return self.format.rules(self.row, self.classes)
 
-    @property
-    def loss(self) -> Loss:
-        return cross_entropy if self.classes else functional
-
-    def network(self, dtype: str) -> Network:
+    def network(self, dtype: str) -> Network | Detector:
         """Ours. Where a rule computes (such as a sum of two tensors) and float32 rounded it, float64 is not rounded."""
         wide = {name: value.double() if value.is_floating_point() else value for name, value in self.theirs.items()}
         exact = read_state(wide, self.rules, self.format.ignored, self.source)
@@ -73,8 +71,12 @@ class Subject:
             name: exact[name] if torch.equal(exact[name].to(value.dtype), value) else value
             for name, value in self.ours.items()
         }
-        network = Network(build_backbone(self.row), self.classes).to(DTYPES[dtype])
-        network.load_state_dict(weights)
+        if isinstance(self.row, DetectorRow):
+            network = build_network(self.row, self.classes)
+            assert isinstance(network, Detector)
+        else:
+            network = Network(build_backbone(self.row), self.classes)
+        network.to(DTYPES[dtype]).load_state_dict(weights)
         return network.eval()
 
     def reference(self) -> nn.Module:
@@ -243,17 +245,30 @@ def _stage_names(subject: Subject) -> list[str]:
 
 def _ours(subject: Subject, pictures: Pictures, dtype: str) -> Outcome:
     images = pictures.normalised(subject.preprocessing, DTYPES[dtype])
-    return run_ours(subject.network(dtype), images, subject.format.stages(subject.row), subject.loss)
+    network, stages, judge = subject.network(dtype), subject.format.stages(subject.row), _judge(subject)
+    if isinstance(network, Detector):
+        assert isinstance(subject.row, DetectorRow)
+        judge = judge_ours(subject.row, made_up_targets(len(images), subject.classes, images.dtype))
+        return run_ours(network, lambda x: network.with_maps(x)[0].logits, images, stages, judge)
+    return run_ours(network, network.predict, images, stages, judge)
+
+
+def _judge(subject: Subject) -> Judge:
+    return cross_entropy if subject.classes else functional
 
 
 def _theirs(
     subject: Subject, reference: nn.Module, pictures: Pictures, dtype: str, parameters: Sequence[str]
 ) -> Outcome:
-    assert subject.format.peer is not None
+    peer = subject.format.peer
+    assert peer is not None
     images = pictures.normalised(subject.preprocessing, DTYPES[dtype])
     stages = subject.format.stages(subject.row)
-    call = subject.format.peer.logits
-    return run_theirs(reference.to(DTYPES[dtype]), call, images, stages, subject.loss, subject.rules, parameters)
+    call, judge = peer.logits, _judge(subject)
+    if isinstance(peer, DetectorPeer):
+        targets = made_up_targets(len(images), subject.classes, images.dtype)
+        call, judge = peer.outputs, judge_theirs(reference, peer, targets)
+    return run_theirs(reference.to(DTYPES[dtype]), call, images, stages, judge, subject.rules, parameters)
 
 
 def describe(subject: Subject, pictures: Pictures, versions: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,6 +276,8 @@ def describe(subject: Subject, pictures: Pictures, versions: Mapping[str, Any]) 
     from saccade import __version__
 
     height, width = pictures.shape
+    things = made_up_counts(len(pictures.pixels)) if isinstance(subject.row, DetectorRow) else []
+    made_up = [f"made-up things in the pictures: {', '.join(map(str, things))}"] if things else []
     return {
         "certificate": FORMAT,
         "source": subject.source,
@@ -271,7 +288,7 @@ def describe(subject: Subject, pictures: Pictures, versions: Mapping[str, Any]) 
         "architecture": subject.row.to_dict(),
         "classes": subject.classes,
         "mode": "eval",
-        "notes": list(subject.notes),
+        "notes": [*subject.notes, *made_up],
         "versions": {**versions, "saccade": __version__, "torch": torch.__version__},
         "weights": {"sha256": hash_tensors(subject.theirs), "tensors": len(subject.theirs)},
         "pictures": {

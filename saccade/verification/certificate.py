@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from saccade.errors import UserError
-from saccade.verification.compare import Comparison, Gap, Outcome, Tolerance, gap, least_gradient, pattern, tensor_gap
+from saccade.verification.compare import (
+    Comparison,
+    Gap,
+    Outcome,
+    Tolerance,
+    answer_gap,
+    gap,
+    least_gradient,
+    pattern,
+    tensor_gap,
+)
 
 FORMAT = 1
 STAGE_PARTS, GRADIENT_PARTS = 32, 4  # of a tensor, each with a projection: more parts show smaller changes
@@ -56,16 +66,21 @@ class Digest:
 
 def record(outcome: Outcome) -> dict[str, Any] | None:
     """What a certificate keeps of the reference's answers in one number format; none where they are not finite."""
-    tensors = [*outcome.stages.values(), outcome.logits, outcome.loss, *outcome.gradients.values()]
+    answers = list(outcome.answers.values())
+    tensors = [*outcome.stages.values(), outcome.logits, *answers, outcome.loss, *outcome.gradients.values()]
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         return None
-    logits = outcome.logits
     return {
         "stages": {name: Digest.of(tensor, STAGE_PARTS).to_dict() for name, tensor in outcome.stages.items()},
-        "logits": logits.tolist() if logits.numel() <= WHOLE else Digest.of(logits, STAGE_PARTS).to_dict(),
+        "logits": _figures(outcome.logits),
+        **({"answers": {name: _figures(value) for name, value in outcome.answers.items()}} if answers else {}),
         "loss": float(outcome.loss),
         "gradients": {name: Digest.of(tensor, GRADIENT_PARTS).to_dict() for name, tensor in outcome.gradients.items()},
     }
+
+
+def _figures(values: Tensor) -> Any:
+    return values.tolist() if values.numel() <= WHOLE else Digest.of(values, STAGE_PARTS).to_dict()
 
 
 def compare_recorded(
@@ -75,13 +90,10 @@ def compare_recorded(
     kept = {name: Digest.from_dict(values) for name, values in recorded["stages"].items()}
     forward = [digest_gap(name, ours.stages.get(name), kept.get(name), tolerance.stages) for name in stages]
     for name, logits in (("logits", ours.logits), ("logits of predict", ours.predicted)):
-        if logits is None:
-            continue
-        if isinstance(recorded["logits"], list):
-            expected = torch.tensor(recorded["logits"], dtype=torch.float64)
-            forward.append(tensor_gap(name, logits.double(), expected, tolerance.logits, least=1.0))
-        else:
-            forward.append(digest_gap(name, logits, Digest.from_dict(recorded["logits"]), tolerance.logits, least=1.0))
+        if logits is not None:
+            forward.append(_recorded_gap(name, logits, recorded["logits"], tolerance))
+    for name, expected in recorded.get("answers", {}).items():
+        forward.append(_recorded_gap(name, ours.answers.get(name), expected, tolerance))
     loss = torch.tensor(recorded["loss"], dtype=torch.float64)
     forward.append(tensor_gap("loss", ours.loss.double(), loss, tolerance.logits, least=1.0))
     of_theirs = {name: Digest.from_dict(values) for name, values in recorded["gradients"].items()}
@@ -91,6 +103,15 @@ def compare_recorded(
         for name, tensor in ours.gradients.items()
     ]
     return Comparison(tuple(forward), tuple(gradients))
+
+
+def _recorded_gap(name: str, ours: Tensor | None, recorded: Any, tolerance: Tolerance) -> Gap:
+    if isinstance(recorded, Mapping):
+        return digest_gap(name, ours, Digest.from_dict(recorded), tolerance.logits, least=1.0)
+    if ours is not None and not ours.is_floating_point():
+        return answer_gap(name, ours, torch.tensor(recorded, dtype=ours.dtype), 0.0)
+    expected = torch.tensor(recorded, dtype=torch.float64)
+    return answer_gap(name, None if ours is None else ours.double(), expected, tolerance.logits)
 
 
 def digest_gap(name: str, ours: Tensor | None, theirs: Digest | None, limit: float, least: float = 0.0) -> Gap:

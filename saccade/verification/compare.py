@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,17 @@ from saccade.backbones.base import Backbone
 from saccade.errors import UserError
 from saccade.weights.formats.table import Rule, Stage, read_gradients
 
-Loss = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Judged:
+    """What is made of a model's outputs; `answers` are compared beside the logits, whole numbers exactly."""
+
+    logits: Tensor
+    loss: Tensor
+    answers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Judge = Callable[[Any], Judged]
 Watched = Mapping[str, tuple[str, Callable[[Any], Tensor] | None]]  # stage -> path of a module, and a change of layout
 
 # A gradient that is zero in theory (such as of a bias of the keys) is nothing but rounding in practice. Differences are
@@ -44,10 +54,11 @@ class Outcome:
     """All that one side gives for the pictures, in names and layouts that both sides share."""
 
     stages: dict[str, Tensor]  # in the order of computation; a stage that did not run is absent
-    logits: Tensor  # (B, K), or the summary (B, C) of a model without classes
+    logits: Tensor  # (B, K), or the summary (B, C) of a model without classes, or a detector's (B, Q, K)
     loss: Tensor
     gradients: dict[str, Tensor]  # by our names
     predicted: Tensor | None = None  # the logits again, by the way that `predict` takes
+    answers: Mapping[str, Tensor] = field(default_factory=dict)  # of a detector: boxes, matches and parts of the loss
 
 
 @dataclass(frozen=True)
@@ -96,11 +107,15 @@ def _or_infinite(value: float) -> float:
 
 
 def compare(ours: Outcome, theirs: Outcome, stages: Iterable[str], tolerance: Tolerance) -> Comparison:
-    """Stages in their order, then logits and loss, then gradients."""
+    """Stages in their order, then logits, other answers and loss, then gradients."""
     forward = [tensor_gap(name, ours.stages.get(name), theirs.stages.get(name), tolerance.stages) for name in stages]
     forward.append(tensor_gap("logits", ours.logits, theirs.logits, tolerance.logits, least=1.0))
     if ours.predicted is not None:
         forward.append(tensor_gap("logits of predict", ours.predicted, theirs.logits, tolerance.logits, least=1.0))
+    forward += [
+        answer_gap(name, ours.answers.get(name), theirs.answers.get(name), tolerance.logits)
+        for name in dict.fromkeys((*ours.answers, *theirs.answers))
+    ]
     forward.append(tensor_gap("loss", ours.loss, theirs.loss, tolerance.logits, least=1.0))
     least = least_gradient(float(g.abs().max()) for g in theirs.gradients.values())
     gradients = [
@@ -125,6 +140,14 @@ def tensor_gap(name: str, ours: Tensor | None, theirs: Tensor | None, limit: flo
     return gap(name, float((ours - theirs).abs().max()), float(theirs.abs().max()), limit, least)
 
 
+def answer_gap(name: str, ours: Tensor | None, theirs: Tensor | None, limit: float) -> Gap:
+    """As `tensor_gap`; whole numbers are choices, which agree or do not."""
+    if ours is None or theirs is None or ours.is_floating_point() or ours.shape != theirs.shape:
+        return tensor_gap(name, ours, theirs, limit, least=1.0)
+    others = int((ours != theirs).sum())
+    return Gap(name, others, others / max(1, len(ours)), others == 0, f"{others} of {len(ours)}" if others else "")
+
+
 def gap(name: str, difference: float, largest: float, limit: float, least: float) -> Gap:
     scale = max(largest, least)
     relative = difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
@@ -146,31 +169,35 @@ class Network(nn.Module):
         return self.head(self.backbone.summary(images))
 
 
-def run_ours(network: Network, images: Tensor, stages: Sequence[Stage], loss: Loss) -> Outcome:
+def run_ours(
+    network: nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor, stages: Sequence[Stage], judge: Judge
+) -> Outcome:
+    """`predict` gives the logits by the way that prediction takes."""
     watched = {stage.name: (_path_of(network, stage.ours), stage.ours_as) for stage in stages}
-    seen, logits, value, gradients = _run(network, network, images, watched, loss)
+    seen, judged, gradients = _run(network, network, images, watched, judge)
     with torch.no_grad():
-        predicted = network.predict(images)
+        predicted = predict(images)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
-    return Outcome(seen, logits, value, {**zeros, **gradients}, predicted)
+    return Outcome(seen, judged.logits, judged.loss, {**zeros, **gradients}, predicted, judged.answers)
 
 
 def run_theirs(
     model: nn.Module,
-    call: Callable[[nn.Module, Tensor], Tensor],
+    call: Callable[[nn.Module, Tensor], Any],
     images: Tensor,
     stages: Sequence[Stage],
-    loss: Loss,
+    judge: Judge,
     rules: Sequence[Rule],
     ours: Iterable[str],
 ) -> Outcome:
     """The reference; its gradients are brought under our parameters' names (`ours`) by the format's rules."""
     watched = {stage.name: (stage.theirs, stage.theirs_as) for stage in stages}
-    seen, logits, value, gradients = _run(model, lambda x: call(model, x), images, watched, loss)
+    seen, judged, gradients = _run(model, lambda x: call(model, x), images, watched, judge)
     names = set(ours)
     wanted = [rule for rule in rules if rule.ours in names]
     known = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-    return Outcome(seen, logits, value, read_gradients({**known, **gradients}, wanted))
+    read = read_gradients({**known, **gradients}, wanted)
+    return Outcome(seen, judged.logits, judged.loss, read, answers=judged.answers)
 
 
 def _path_of(network: nn.Module, path: str) -> str:
@@ -180,9 +207,9 @@ def _path_of(network: nn.Module, path: str) -> str:
 
 
 def _run(
-    model: nn.Module, call: Callable[[Tensor], Tensor], images: Tensor, watched: Watched, loss: Loss
-) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
-    """Stages, logits, loss and the gradients by the model's own names, in evaluation mode."""
+    model: nn.Module, call: Callable[[Tensor], Any], images: Tensor, watched: Watched, judge: Judge
+) -> tuple[dict[str, Tensor], Judged, dict[str, Tensor]]:
+    """Stages, what is made of the outputs, and the gradients by the model's own names, in evaluation mode."""
     model.eval()
     model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
@@ -195,12 +222,12 @@ def _run(
             continue  # counts as a stage that did not run
         handles.append(module.register_forward_hook(_keeper(raw, name)))
     try:
-        logits = call(images)
+        outputs = call(images)
     finally:
         for handle in handles:
             handle.remove()
-    value = loss(logits)
-    value.backward()
+    judged = judge(outputs)
+    judged.loss.backward()
     gradients = {
         name: parameter.grad
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -208,7 +235,8 @@ def _run(
     }
     model.zero_grad(set_to_none=True)
     stages = {name: _tensor(raw[name], change) for name, (_, change) in watched.items() if name in raw}
-    return stages, logits.detach(), value.detach(), gradients
+    answers = {name: answer.detach() for name, answer in judged.answers.items()}
+    return stages, Judged(judged.logits.detach(), judged.loss.detach(), answers), gradients
 
 
 def _keeper(raw: dict[str, Any], name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -228,17 +256,17 @@ def _tensor(output: Any, change: Callable[[Any], Tensor] | None) -> Tensor:
     return output.detach()
 
 
-def cross_entropy(logits: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor) -> Judged:
     """With a fixed class for each picture."""
     B, K = logits.shape
     targets = torch.tensor([(7919 * b + 3) % K for b in range(B)])
-    return F.cross_entropy(logits, targets)
+    return Judged(logits, F.cross_entropy(logits, targets))
 
 
-def functional(summary: Tensor) -> Tensor:
+def functional(summary: Tensor) -> Judged:
     """A fixed linear functional in which every number of the summary has its own weight."""
     B, C = summary.shape
-    return (summary * pattern(B * C).to(summary.dtype).view(B, C)).sum() / (B * C) ** 0.5
+    return Judged(summary, (summary * pattern(B * C).to(summary.dtype).view(B, C)).sum() / (B * C) ** 0.5)
 
 
 PRIME = 2**31 - 1
