@@ -15,14 +15,35 @@ if TYPE_CHECKING:
     from saccade.engine.predict import Model, PictureInput
     from saccade.engine.train import TrainResult
     from saccade.metrics.classification import ClassificationReport
+    from saccade.metrics.detection_report import DetectionReport
+    from saccade.predictions import Classification, Detections
     from saccade.verification import Verification
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "embed", "evaluate", "inspect", "load", "train", "verify"]
+__all__ = [
+    "Classification",
+    "Detections",
+    "UserError",
+    "embed",
+    "evaluate",
+    "inspect",
+    "load",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What predictions are, imported when asked for: with them comes all that draws."""
+    if name in ("Classification", "Detections"):
+        from saccade import predictions
+
+        return getattr(predictions, name)
+    raise AttributeError(f"module 'saccade' has no attribute {name!r}")
 
 
 def train(data: str | None = None, *, resume: str | None = None, show: bool = True, **settings: Any) -> TrainResult:
-    """Train on `data`, or continue the run in the folder `resume`.
+    """Train on `data`, pictures with labels or with boxes, or continue the run in the folder `resume`.
 
     Settings are those of the command, nested ones as dicts: `train("photos", minutes=5, optimizer={"name": "muon"})`.
     """
@@ -32,7 +53,10 @@ def train(data: str | None = None, *, resume: str | None = None, show: bool = Tr
 
 
 def load(source: str, *, device: str = "auto", precision: str = "auto") -> Model:
-    """A model from a run folder or a model file: `.network`, `.class_names`, `.preprocessing`, `.predict(...)`."""
+    """A model: `.network`, `.class_names`, `.preprocessing`, `.predict(...)`.
+
+    From a run folder, a model file, or weights of another library: a hub name, a folder, a file.
+    """
     from saccade.engine.predict import Model
 
     return Model.load(source, device=device, precision=precision)
@@ -40,8 +64,8 @@ def load(source: str, *, device: str = "auto", precision: str = "auto") -> Model
 
 def evaluate(
     model: str, data: str, *, split: str | None = None, device: str = "auto", batch_size: int = 64, workers: int = 0
-) -> ClassificationReport:
-    """The report of a model (run folder or file) on labelled data: top-1, per class figures, confusion, calibration."""
+) -> ClassificationReport | DetectionReport:
+    """The report of a model (run folder or file) on data with its truth: accuracy of classes, or precision of boxes."""
     from saccade.api import evaluate as run
 
     return run(model, data, split=split, device=device, batch_size=batch_size, workers=workers)

@@ -41,7 +41,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     unreadable: list[str] | None = None,
 ) -> Any:
-    """Run a model over labelled data. `progress(done, total)` is called after each batch.
+    """Run a model over data with its truth. `progress(done, total)` is called after each batch.
 
     What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count.
     """
@@ -83,6 +83,6 @@ def with_class_names(source: Source, class_names: tuple[str, ...], model: str) -
         raise UserError(
             f"{source.path}: {len(unknown)} classes are unknown to {model}: {', '.join(unknown[:10])}; "
             f"it knows {', '.join(class_names[:10])}{' ...' if len(class_names) > 10 else ''}. "
-            "Rename the folders or labels, or train on this data"
+            "Rename them in the data, or train on this data"
         )
     return source.with_classes(class_names)

@@ -197,7 +197,7 @@ def read_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Learn from labelled pictures.
+    """Learn from pictures with labels, or with boxes around the things in them.
 
     saccade train photos/ --minutes 10                   everything else is chosen from the data
     saccade train photos/ --model vit_tiny --epochs 30   from scratch, with a named model
@@ -241,9 +241,9 @@ def run_train(options: argparse.Namespace) -> int:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run folder or model file")
-    parser.add_argument("data", help="labelled data: a split's folder, or a data set (then its val or --split)")
+    parser.add_argument("data", help="data with its truth: a split's folder, or a data set (then its val or --split)")
     parser.add_argument("--split", help="which split of the data set")
-    parser.add_argument("--out", help="folder for metrics.json, confusion.png and calibration.png")
+    parser.add_argument("--out", help="folder for the figures as JSON and as charts")
     add_common(parser)
 
 
@@ -267,7 +267,11 @@ def natural(text: str) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    """Measure a model on labelled data: top-1 and top-5, figures per class, confusion, calibration."""
+    """Measure a model on data with its truth.
+
+    Of labels: top-1 and top-5, figures per class, confusion, calibration. Of boxes: COCO's average precision, per class
+    and size, precision and recall, the best threshold, and the kinds of mistakes.
+    """
     from pathlib import Path
 
     from rich.console import Console
@@ -295,25 +299,53 @@ def run_evaluate(options: argparse.Namespace) -> int:
         report.render(Console(highlight=False))
     if options.out is not None:
         report.save(Path(options.out))
-        print(f"metrics.json, confusion.png and calibration.png are in {options.out}", file=sys.stderr)
+        print(f"{', '.join(report.files)} are in {options.out}", file=sys.stderr)
     return 0
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run folder or model file")
     parser.add_argument("inputs", nargs="+", metavar="PICTURE", help="pictures and folders of pictures")
-    parser.add_argument("--save", metavar="DIR", help="save a picture of each prediction with its attention here")
+    parser.add_argument("--save", metavar="DIR", help="save a picture of each prediction, and of why, here")
+    parser.add_argument(
+        "--threshold", type=share, metavar="T", help="least score of a detection (default: what the model file says)"
+    )
+    parser.add_argument(
+        "--coco",
+        metavar="FILE",
+        help="print all detections as COCO results (JSON), by the ids of this annotation file; --threshold leaves out",
+    )
     add_common(parser)
 
 
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def run_predict(options: argparse.Namespace) -> int:
-    """Name what is in pictures. With --save, draw each with its label and what the model looked at."""
+    """Name what is in pictures, or find it. With --save, draw each with its labels and what the model looked at.
+
+    saccade predict runs/photos photo.jpg --save out/
+    saccade predict runs/cells images/ --threshold 0.3 --json
+    saccade predict runs/cells images/ --coco test.json > results.json
+
+    --json prints a list with an object for each picture: source, label, score and top; or source, width, height and
+    detections, each with label, class, score and box (left, top, right, bottom in pixels).
+    """
     from pathlib import Path
 
     from saccade.engine.predict import Model
     from saccade.engine.progress import counter
+    from saccade.predictions import CocoIds
 
     model = Model.load(options.model, device=options.device)
+    ids = None if options.coco is None else CocoIds.read(options.coco, model.class_names)
     saved: list[dict[str, Any]] = []
     failed: list[str] = []
     with counter("predicting") as progress:
@@ -321,17 +353,20 @@ def run_predict(options: argparse.Namespace) -> int:
             options.inputs,
             batch_size=options.batch_size,
             attention=options.save is not None,
+            threshold=0.0 if ids is not None and options.threshold is None else options.threshold,
             failed=failed,
             progress=progress,
         ):
             facts = prediction.to_dict()
             if options.save is not None:
                 facts["picture"] = str(prediction.save(Path(options.save) / f"{Path(prediction.source).stem}.png"))
-            if options.json:
+            if ids is not None:
+                saved += ids.rows(prediction)
+            elif options.json:
                 saved.append(facts)
             else:
                 print(prediction)
-    if options.json:
+    if options.json or ids is not None:
         print(json.dumps(saved))
     if failed:
         raise UserError(

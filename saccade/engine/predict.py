@@ -79,9 +79,10 @@ class Model:
     ) -> list[Any]:
         """Predict for files, folders, PIL images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), in the order given.
 
-        Arrays and tensors are uint8, or floats from 0 to 1; with four axes they are many pictures. With `attention`,
-        each result carries what the model looked at. `threshold`: the least score of a detection, instead of the
-        model's own. A picture that cannot be read is a UserError that names it.
+        A Classification or Detections for each. Arrays and tensors are uint8, or floats from 0 to 1; with four axes
+        they are many pictures. With `attention`, each result carries what the model looked at, or took each box from.
+        `threshold`: the least score of a detection, instead of the model's own; 0 gives all that there are. A picture
+        that cannot be read is a UserError that names it.
         """
         failed: list[str] = []
         results = list(
@@ -104,7 +105,10 @@ class Model:
         """As `predict`, one after the other while it goes; what is wrong with unreadable ones is added to `failed`."""
         if isinstance(self.network, Embedder):
             raise UserError(f"{self.card.model}: has no classes; `saccade embed` gives vectors, or train a head on it")
-        least = self.card.threshold if threshold is None else threshold
+        if threshold is not None and self.task.usual_threshold is None:
+            raise UserError(f"{self.card.model}: gives every picture a class, however sure; leave the threshold out")
+        own = self.task.usual_threshold if self.card.threshold is None else self.card.threshold
+        least = own if threshold is None else threshold
         places = list_inputs(inputs)
         for start in range(0, len(places), batch_size * READ_AHEAD):
             part = places[start : start + batch_size * READ_AHEAD]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -212,8 +212,10 @@ class ClassificationReport:
             "confusion_pairs": None if small else self.pairs.tolist(),
         }
 
+    files: ClassVar = ("metrics.json", "confusion.png", "calibration.png")
+
     def save(self, folder: str | Path) -> Path:
-        """Write metrics.json, confusion.png and calibration.png. UserError where the folder cannot be written."""
+        """Write the `files`: figures, confusion and calibration. UserError where the folder cannot be written."""
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)

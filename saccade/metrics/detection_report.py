@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -116,8 +116,10 @@ class DetectionReport:
         known = self.curves[~np.isnan(self.curves[:, 0, 0])]
         return known.mean(axis=0) if len(known) else np.full((2, len(RECALLS)), np.nan)
 
+    files: ClassVar = ("metrics.json", "precision_recall.png", "errors.png")
+
     def save(self, folder: str | Path) -> Path:
-        """Write metrics.json, precision_recall.png and errors.png. UserError where the folder cannot be written."""
+        """Write the `files`: figures, curves and kinds of mistakes. UserError where the folder cannot be written."""
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -20,6 +20,8 @@ from saccade.tasks.detection import DetectionTask
 class Report(Protocol):
     """What an evaluation found."""
 
+    files: ClassVar[tuple[str, ...]]  # that `save` writes
+
     def to_dict(self) -> dict[str, Any]: ...
 
     def render(self, console: Any) -> None: ...
@@ -32,11 +34,20 @@ class Task(Protocol):
 
     name: str
     best: str  # the metric by which the kept model is chosen, higher is better
+    usual_threshold: float | None  # of a model that does not say its own; none: predictions have no threshold
     class_names: tuple[str, ...]
-    train_transform: Transform
-    train_collate: Collate
-    eval_transform: Transform
-    eval_collate: Collate
+
+    @property
+    def train_transform(self) -> Transform: ...
+
+    @property
+    def train_collate(self) -> Collate: ...
+
+    @property
+    def eval_transform(self) -> Transform: ...
+
+    @property
+    def eval_collate(self) -> Collate: ...
 
     def forward(self, network: nn.Module, images: Tensor, targets: Any) -> Any:
         """The outputs of a training step."""

@@ -27,6 +27,7 @@ class ClassificationTask:
 
     name = "classify"
     best = "top1"  # the metric by which the kept model is chosen, higher is better
+    usual_threshold: float | None = None
 
     def __init__(self, class_names: tuple[str, ...], config: RunConfig, row: Row):
         self.class_names = class_names

@@ -65,7 +65,7 @@ class DetectionTask:
 
     name = "detect"
     best = "ap"  # the metric by which the kept model is chosen, higher is better
-    usual_threshold = 0.5
+    usual_threshold: float | None = 0.5
 
     def __init__(self, class_names: tuple[str, ...], config: RunConfig, row: Row):
         assert isinstance(row, DetectorRow)
