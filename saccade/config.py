@@ -160,6 +160,9 @@ class NetworkConfig(Config):
     frozen_norm: bool | None = Field(
         default=None, description="batch normalisation of a ResNet keeps its statistics and weights, as detectors need"
     )
+    norm_first: bool | None = Field(
+        default=None, description="a translating Transformer normalises before each layer, not after it as published"
+    )
     merge_tokens: int | None = Field(
         default=None, ge=0, le=256, description="tokens of a ViT that join others in each block: faster (ToMe)"
     )

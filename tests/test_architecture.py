@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"layers", "backbones"},
     "catalog": {"backbones", "models", "weights"},
     "explain": {"backbones", "models"},
+    "decoding": {"models"},
     "data": set(),
     "metrics": {"drawing"},
     "weights.formats": {"layers", "backbones", "models"},

@@ -1,4 +1,4 @@
-"""Every model by name and by description: classifiers and embedders are a backbone's row, detectors have their own."""
+"""Every model by name and by description: classifiers and embedders are a backbone's row, the others have their own."""
 
 from __future__ import annotations
 
@@ -14,18 +14,27 @@ from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector, DetectorRow
 from saccade.models.detr import DETR, Detr, DETRConfig
 from saccade.models.embedder import Embedder
+from saccade.models.recurrent import RECURRENTS, Recurrent, RecurrentRow
+from saccade.models.transformer import TRANSFORMERS, Transformer, TransformerRow
+from saccade.models.translator import Translator, TranslatorRow
 
-Network = Classifier | Embedder | Detector
+Network = Classifier | Embedder | Detector | Translator
 
 DETECTORS: dict[str, DetectorRow] = {**DETR}
 DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detector]]] = {
     "detr": (DETRConfig, Detr),
 }
 
+TRANSLATORS: dict[str, TranslatorRow] = {**TRANSFORMERS, **RECURRENTS}
+TRANSLATOR_FAMILIES: dict[str, tuple[type[TranslatorRow], Callable[[Any], Translator]]] = {
+    "transformer": (TransformerRow, Transformer),
+    "recurrent": (RecurrentRow, Recurrent),
+}
+
 
 def model_row(name: str) -> Row:
     """The table's row for the name of any model; an unknown name is an error that lists the closest ones."""
-    known: dict[str, Row] = {**BACKBONES, **DETECTORS}
+    known: dict[str, Row] = {**BACKBONES, **DETECTORS, **TRANSLATORS}
     if name not in known:
         raise UserError(f"unknown model {name!r}{closest(name, tuple(known))} (`saccade models` lists all)")
     return known[name]
@@ -33,6 +42,8 @@ def model_row(name: str) -> Row:
 
 def task_of(row: Row) -> str:
     """What a model of this row is for."""
+    if isinstance(row, TranslatorRow):
+        return "translate"
     return "detect" if isinstance(row, DetectorRow) else "classify"
 
 
@@ -40,6 +51,8 @@ def name_of(row: Row) -> str:
     """The name in the table of a row that weights of this one fit, or the family's with `-custom`."""
     if isinstance(row, DetectorRow):
         return next((name for name, known in DETECTORS.items() if known.is_like(row)), f"{row.family}-custom")
+    if isinstance(row, TranslatorRow):
+        return next((name for name, known in TRANSLATORS.items() if known.is_like(row)), f"{row.family}-custom")
     return name_of_backbone(row)
 
 
@@ -50,11 +63,19 @@ def read_row(values: Any, where: str) -> Row:
         backbone = row_from_dict(values.get("backbone"), where)
         plain = {name: value for name, value in values.items() if name != "family"}
         return fields_from_dict(DETECTOR_FAMILIES[family][0], {**plain, "backbone": backbone}, where)
+    if isinstance(family, str) and family in TRANSLATOR_FAMILIES:
+        plain = {name: value for name, value in values.items() if name != "family"}
+        return fields_from_dict(TRANSLATOR_FAMILIES[family][0], plain, where)
     return row_from_dict(values, where)
 
 
 def build_network(row: Row, classes: int) -> Network:
-    """The network of a row with random weights; of a backbone's row without classes an embedder."""
+    """The network of a row with random weights; of a backbone's row without classes an embedder.
+
+    A translator has no classes: its row knows its vocabulary.
+    """
+    if isinstance(row, TranslatorRow):
+        return TRANSLATOR_FAMILIES[row.family][1](row)
     if isinstance(row, DetectorRow):
         return DETECTOR_FAMILIES[row.family][1](row, classes)
     return Classifier(build_backbone(row), classes) if classes else Embedder(build_backbone(row))
@@ -65,6 +86,8 @@ __all__ = [
     "DETECTORS",
     "DETECTOR_FAMILIES",
     "FAMILIES",
+    "TRANSLATORS",
+    "TRANSLATOR_FAMILIES",
     "Network",
     "build_network",
     "model_row",
