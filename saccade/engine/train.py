@@ -26,9 +26,10 @@ from torch import nn
 
 from saccade.backbones.base import Row
 from saccade.config import RunConfig
-from saccade.data.loader import batches_per_epoch, eval_batches, measure_sizes, train_batches
+from saccade.data.loader import batches_per_epoch, eval_batches, train_batches
+from saccade.data.measured import open_measured
 from saccade.data.sample import Batch
-from saccade.data.sources import Splits, open_splits
+from saccade.data.sources import Splits
 from saccade.drawing import training_curves
 from saccade.engine import distributed
 from saccade.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -181,8 +182,7 @@ def open_session(config: RunConfig, world: World, row: Row | None = None) -> Ses
     distributed.check_batch_size(config.batch_size, world)
     device = choose_device(config.device, world.local_rank)
     precision = choose_precision(config.precision, device)
-    sources = config.sources
-    splits = open_splits(Path(config.data), val=config.val, val_fraction=sources.val_fraction, seed=sources.split_seed)
+    splits, train_sizes, val_sizes = open_measured(Path(config.data), config.val, config.sources)
     seed_everything(config.seed, 0, 0)  # the same initial weights in every process
     class_names = splits.train.class_names
     if row is not None:
@@ -205,8 +205,8 @@ def open_session(config: RunConfig, world: World, row: Row | None = None) -> Ses
         precision=precision,
         task=task,
         splits=splits,
-        train_sizes=measure_sizes(splits.train, sources),
-        val_sizes=measure_sizes(splits.val, sources),
+        train_sizes=train_sizes,
+        val_sizes=val_sizes,
         model=model,
         network=torch.compile(network) if config.compile else network,  # pyright: ignore[reportArgumentType]
         optimizers=build_optimizers(model, config.optimizer),
