@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from saccade.backbones.base import Backbone, Row
 from saccade.backbones.features import Features
 from saccade.layers.feedforward import FeedForward
+from saccade.layers.linear import Linear, linear
 from saccade.layers.patches import PatchEmbed
 from saccade.layers.windows import (
     ContinuousBias,
@@ -129,9 +130,9 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
         self.scale = (dim // heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.bias = RelativeBias(window, heads)
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def forward(
         self, x: Float[Tensor, "M N C"], bias: Float[Tensor, "H N N"], mask: Tensor | None
@@ -145,18 +146,18 @@ class CosineAttention(nn.Module):
     def __init__(self, dim: int, heads: int, window: int, trained_window: int | None = None):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.query_value_bias = nn.Parameter(torch.zeros(2 * dim))
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), 10.0).log())
         self.bias = ContinuousBias(window, heads, trained_window)
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def forward(
         self, x: Float[Tensor, "M N C"], bias: Float[Tensor, "H N N"], mask: Tensor | None
     ) -> Float[Tensor, "M N C"]:
         of_q, of_v = self.query_value_bias.chunk(2)
         shift = torch.cat((of_q, torch.zeros_like(of_q), of_v))
-        q, k, v = F.linear(x, self.qkv.weight, shift).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (M, N, H, D)
+        q, k, v = linear(x, self.qkv.weight, shift).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (M, N, H, D)
         temperature = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()[:, 0]  # (H, 1)
         q, k = F.normalize(q, dim=-1) * temperature.to(q.dtype), F.normalize(k, dim=-1)
         return self.out(window_attention(torch.stack((q, k, v), dim=2).flatten(2), bias, mask, 1.0))
@@ -296,7 +297,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm_first = norm_first
         self.norm = nn.LayerNorm(4 * dim if norm_first else 2 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, tokens: Tokens, layout: Layout) -> Tokens:
         """Into an order of the tokens of the halved grid."""

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.layers.linear import Linear, linear
+
 
 def attention(
     q: Float[Tensor, "B H N D"],
@@ -92,9 +94,9 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and key_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias and key_bias)
         self.query_value_bias = nn.Parameter(torch.zeros(2 * dim)) if qkv_bias and not key_bias else None
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def forward(
         self,
@@ -160,7 +162,7 @@ class MultiHeadAttention(nn.Module):
         weight, bias = self.qkv.weight, self.bias()
         if (start, end) != (0, 3):
             weight, bias = weight[start * C : end * C], None if bias is None else bias[start * C : end * C]
-        return F.linear(x, weight, bias).unflatten(-1, (end - start, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return linear(x, weight, bias).unflatten(-1, (end - start, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def bias(self) -> Tensor | None:
         """Of queries, keys and values (3 C,)."""

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.layers.linear import Linear
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the approximation of GELU that CLIP was trained with: https://arxiv.org/abs/1606.08415."""
@@ -32,8 +34,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, activation: str = "gelu", dropout: float = 0.0):
         super().__init__()
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim)
         self.activation = ACTIVATIONS[activation]
         self.dropout = dropout
 
@@ -47,8 +49,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, dropout: float = 0.0):
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden)
-        self.down = nn.Linear(hidden, dim)
+        self.gate_up = Linear(dim, 2 * hidden)
+        self.down = Linear(hidden, dim)
         self.dropout = dropout
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
