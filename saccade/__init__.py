@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from saccade.engine.embed import Embeddings
     from saccade.engine.predict import Model, PictureInput
     from saccade.engine.train import TrainResult
-    from saccade.metrics.classification import ClassificationReport
-    from saccade.metrics.detection_report import DetectionReport
     from saccade.predictions import Classification, Detections
     from saccade.verification import Verification
 
@@ -64,8 +62,12 @@ def load(source: str, *, device: str = "auto", precision: str = "auto") -> Model
 
 def evaluate(
     model: str, data: str, *, split: str | None = None, device: str = "auto", batch_size: int = 64, workers: int = 0
-) -> ClassificationReport | DetectionReport:
-    """The report of a model (run folder or file) on data with its truth: accuracy of classes, or precision of boxes."""
+) -> Any:
+    """What a model (run folder or file) is worth on data with its truth.
+
+    A ClassificationReport (top-1, per class figures, confusion, calibration) or a DetectionReport (average precision,
+    per class and size, best threshold, kinds of mistakes).
+    """
     from saccade.api import evaluate as run
 
     return run(model, data, split=split, device=device, batch_size=batch_size, workers=workers)

@@ -10,7 +10,7 @@ from typing import Any
 from saccade.config import DataConfig
 from saccade.data.loader import eval_batches, measure_sizes
 from saccade.data.source import Source
-from saccade.data.sources import open_source
+from saccade.data.sources import fit_to_pictures, open_source
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, evaluate_batches
@@ -40,15 +40,21 @@ def evaluate(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     unreadable: list[str] | None = None,
+    notes: list[str] | None = None,
 ) -> Any:
     """Run a model over data with its truth. `progress(done, total)` is called after each batch.
 
-    What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count.
+    What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count. What of
+    the truth is left out because it does not fit its picture is added to `notes`.
     """
     failed: list[str] = [] if unreadable is None else unreadable
     loaded = Model.load(model, device=device)
     source = with_class_names(open_source(Path(data), split), loaded.class_names, str(model))
     config = DataConfig()
+    sizes = measure_sizes(source, config)
+    source, left_out = fit_to_pictures(source, sizes)
+    if notes is not None:
+        notes += left_out
     task, done = loaded.task, 0
 
     def count(pictures: int) -> None:
@@ -59,7 +65,7 @@ def evaluate(
 
     batches = eval_batches(
         source,
-        measure_sizes(source, config),
+        sizes,
         task.eval_transform,
         task.eval_collate,
         preprocessing=loaded.preprocessing,

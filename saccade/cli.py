@@ -280,6 +280,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from saccade.engine.progress import counter
 
     unreadable: list[str] = []
+    notes: list[str] = []
     with counter("evaluating") as progress:
         report = evaluate(
             options.model,
@@ -290,7 +291,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
             workers=options.workers,
             progress=progress,
             unreadable=unreadable,
+            notes=notes,
         )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     for what in unreadable:
         print(f"left out: {what}", file=sys.stderr)
     if options.json:

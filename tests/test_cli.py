@@ -290,6 +290,14 @@ def test_predict(run: Callable[..., Any], trained: Path, pictures: Path, tmp_pat
     assert len({facts["picture"] for facts in found}) == 6, "pictures of one name in several folders keep apart"
 
 
+def test_predict_refuses_what_is_for_detections(run: Callable[..., Any], trained: Path, pictures: Path) -> None:
+    code, _, err = run("predict", trained, pictures / "val" / "red", "--threshold=0.5")
+    assert code == 2 and "leave the threshold out" in err
+    (file := Path("ids.json")).write_text('{"images": [], "categories": [{"id": 1, "name": "red"}]}')
+    code, _, err = run("predict", trained, pictures / "val" / "red", "--coco", file)
+    assert code == 2 and "threshold" not in err and "--coco: is for detections" in err
+
+
 def test_predict_prints_a_line_each(run: Callable[..., Any], trained: Path, pictures: Path) -> None:
     file = pictures / "val" / "red" / "0.png"
     code, out, err = run("predict", trained, file, file, "--device=cpu")

@@ -78,7 +78,8 @@ def test_supervision():
     sv = pytest.importorskip("supervision")
     found = two().to_supervision()
     assert isinstance(found, sv.Detections) and np.array_equal(found.xyxy, two().boxes)
-    assert found.class_id.tolist() == [0, 1] and found.confidence.tolist() == [0.75, 0.5]
+    assert found.class_id is not None and found.class_id.tolist() == [0, 1]
+    assert found.confidence is not None and found.confidence.tolist() == [0.75, 0.5]
     assert list(found.data["class_name"]) == ["cell", "traffic light"]
     assert len(two().above(0.9).to_supervision()) == 0
 

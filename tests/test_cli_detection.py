@@ -1,0 +1,176 @@
+"""The command with boxes: train, evaluate and predict with a tiny detector, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import saccade
+from saccade.backbones.resnet import RESNET
+from saccade.cli import main
+from saccade.metrics.detection_report import DetectionReport
+from saccade.models import DETECTORS
+from saccade.models.detr import DETRConfig
+from saccade.predictions import CocoIds, Detections
+
+TINY = ["--model=detr_micro", "--image-size=64", "--batch-size=4", "--device=cpu", "--precision=float32"]
+MICRO = DETRConfig(
+    backbone=replace(RESNET["resnet18"], widths=(8, 8, 8, 8), stem=8), image_size=64, dim=16, heads=2, hidden=16,
+    encoder_depth=1, decoder_depth=2, queries=5,
+)  # fmt: skip
+
+
+def make_set(root: Path, pictures: int = 8) -> Path:
+    """COCO, with one or two rectangles in each picture of a split but the last, which is empty."""
+    (root / "images").mkdir(parents=True)
+    for split in ("train", "val"):
+        rows: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
+        rows["categories"] = [{"id": 3, "name": "red"}, {"id": 9, "name": "blue"}]
+        for i in range(pictures):
+            random = np.random.default_rng(i)
+            image = Image.new("RGB", (80, 60), (120, 120, 120))
+            rows["images"].append({"id": 100 + i, "file_name": f"{split}{i}.png", "width": 80, "height": 60})
+            for k in range(0 if i == pictures - 1 else 1 + i % 2):
+                x, y = 4 + 40 * k, int(random.integers(2, 20))
+                box = [x, y, 30, 35]
+                colour = ((220, 30, 30), (30, 30, 220))[k]
+                ImageDraw.Draw(image).rectangle((x, y, x + 29, y + 34), fill=colour)
+                rows["annotations"].append(
+                    {"id": len(rows["annotations"]), "image_id": 100 + i, "category_id": (3, 9)[k], "bbox": box,
+                     "area": box[2] * box[3], "iscrowd": 0}
+                )  # fmt: skip
+            image.save(root / "images" / f"{split}{i}.png")
+        (root / f"{split}.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("data") / "rectangles")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def micro() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DETECTORS, "detr_micro", MICRO)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, boxes: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "rectangles"
+    strong = ["--augment.mosaic=0.5", "--augment.copy-paste=0.5", "--augment.mixup=8", "--augment.mix-prob=0.3"]
+    assert main(["train", str(boxes), *TINY, *strong, "--steps=6", "--evaluations=2", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the command in an empty folder; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        answer = capsys.readouterr()
+        assert "Traceback" not in answer.out + answer.err
+        return code, answer.out, answer.err
+
+    return call
+
+
+def test_train_says_what_it_kept(boxes: Path, trained: Path, run: Callable[..., Any]) -> None:
+    assert (trained / "model.safetensors").exists()
+    header = (trained / "metrics.csv").read_text().splitlines()[0]
+    assert all(name in header for name in ("val_ap", "val_ap50", "val_ap75", "val_f1", "val_threshold"))
+    code, out, _ = run("train", boxes, *TINY, "--steps=1", "--evaluations=1", "--out=again")
+    assert code == 0 and "kept model on the validation split: ap " in out and "next: saccade predict again" in out
+
+
+def test_what_is_not_for_boxes_is_refused(boxes: Path, run: Callable[..., Any]) -> None:
+    code, _, err = run("train", boxes, *TINY, "--steps=1", "--augment.cutmix=1", "--out=bad")
+    assert code == 2 and "augment.cutmix" in err
+    code, _, err = run("train", boxes, *TINY, "--steps=1", "--augment.zoom=0,1")
+    assert code == 2 and "augment.zoom" in err
+
+
+def test_evaluate(trained: Path, boxes: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, _ = run("evaluate", trained, boxes, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["pictures"] == 8 and report["objects"] == 10 and 0 <= report["ap"] <= 1
+    code, out, err = run("evaluate", trained, boxes, "--split=val", "--out", tmp_path / "figures")
+    assert code == 0 and "average precision" in out
+    named = err.strip().splitlines()[-1]
+    for file in (tmp_path / "figures").iterdir():
+        assert file.name in named
+    assert named.count(",") == len(list((tmp_path / "figures").iterdir())) - 1
+
+
+def test_predict(trained: Path, boxes: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, _ = run("predict", trained, boxes / "images", "--threshold=0", "--json")
+    found = json.loads(out)
+    assert code == 0 and len(found) == 16 and all(len(one["detections"]) == 5 for one in found)
+    for one in found:
+        assert (one["width"], one["height"]) == (80, 60)
+        for thing in one["detections"]:
+            left, top, right, bottom = thing["box"]
+            assert 0 <= left < right <= 80 and 0 <= top < bottom <= 60 and thing["label"] in ("red", "blue")
+            assert thing["label"] == ("red", "blue")[thing["class"]] and 0 <= thing["score"] <= 1
+    code, out, _ = run("predict", trained, boxes / "images" / "val0.png", "--threshold=1", "--save", tmp_path / "out")
+    assert code == 0 and out.strip().endswith("val0.png: nothing found")
+    code, out, _ = run("predict", trained, boxes / "images" / "val0.png", "--threshold=0", "--save", tmp_path / "out")
+    assert code == 0 and sorted(file.name for file in (tmp_path / "out").iterdir()) == ["val0-1.png", "val0.png"]
+    with Image.open(tmp_path / "out" / "val0.png") as plain, Image.open(tmp_path / "out" / "val0-1.png") as with_tiles:
+        assert with_tiles.height > plain.height + 100
+
+
+def test_coco_results_have_the_ids_of_the_annotations(trained: Path, boxes: Path, run: Callable[..., Any]) -> None:
+    code, out, _ = run("predict", trained, *sorted((boxes / "images").glob("val*")), "--coco", boxes / "val.json")
+    rows = json.loads(out)
+    assert code == 0 and len(rows) == 40  # all of them, whatever the threshold of the model
+    assert {row["image_id"] for row in rows} == set(range(100, 108)) and {row["category_id"] for row in rows} <= {3, 9}
+    coco = pytest.importorskip("pycocotools.coco")
+    assert len(coco.COCO(str(boxes / "val.json")).loadRes(rows).anns) == 40
+    code, _, err = run("predict", trained, boxes / "images" / "train0.png", "--coco", boxes / "val.json")
+    assert code == 2 and "names no picture train0.png" in err
+
+
+def test_coco_ids_that_do_not_fit(boxes: Path, tmp_path: Path) -> None:
+    ids = CocoIds.read(boxes / "val.json", ("green", "blue"))
+    found = Detections(
+        np.array([[1, 2, 3, 4]] * 2, np.float32), np.array([0.9, 0.8], np.float32), ("green", "blue"), np.array([0, 1]),
+        (60, 80), "somewhere/val3.png",
+    )  # fmt: skip
+    assert [(row["image_id"], row["category_id"]) for row in ids.rows(found)] == [(103, 9)]
+    with pytest.raises(saccade.UserError, match="none of its classes"):
+        CocoIds.read(boxes / "val.json", ("dog",))
+    (tmp_path / "other.json").write_text('{"images": 3}')
+    with pytest.raises(saccade.UserError, match="not a COCO annotation file"):
+        CocoIds.read(tmp_path / "other.json", ("dog",))
+    twice = {"images": [{"id": 1, "file_name": "a/x.png"}, {"id": 2, "file_name": "b/x.png"}], "categories": []}
+    (tmp_path / "twice.json").write_text(json.dumps(twice))
+    with pytest.raises(saccade.UserError, match=r"several pictures are called x\.png"):
+        CocoIds.read(tmp_path / "twice.json", ("dog",))
+    with pytest.raises(saccade.UserError, match="cannot be read"):
+        CocoIds.read(tmp_path / "absent.json", ("dog",))
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.5", "much", "nan"])
+def test_thresholds_that_are_none(trained: Path, run: Callable[..., Any], text: str) -> None:
+    code, _, err = run("predict", trained, "x.png", f"--threshold={text}")
+    assert code == 2 and f"'{text}' is not a number from 0 to 1" in err
+
+
+def test_from_python(trained: Path, boxes: Path) -> None:
+    model = saccade.load(str(trained), device="cpu")
+    found = model.predict(boxes / "images" / "val1.png", threshold=0, attention=True)[0]
+    assert isinstance(found, saccade.Detections) and found.maps is not None and len(found.maps) == len(found) == 5
+    report = saccade.evaluate(str(trained), str(boxes), device="cpu")
+    assert isinstance(report, DetectionReport) and report.pictures == 8
