@@ -14,14 +14,16 @@ from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector, DetectorRow
 from saccade.models.detr import DETR, Detr, DETRConfig
 from saccade.models.embedder import Embedder
+from saccade.models.glance import GLANCE, Glance, GlanceConfig
 from saccade.models.recurrent import RECURRENTS, Recurrent, RecurrentRow
 from saccade.models.transformer import TRANSFORMERS, Transformer, TransformerRow
 from saccade.models.translator import Translator, TranslatorRow
 
 Network = Classifier | Embedder | Detector | Translator
 
-DETECTORS: dict[str, DetectorRow] = {**DETR}
+DETECTORS: dict[str, DetectorRow] = {**GLANCE, **DETR}
 DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detector]]] = {
+    "glance": (GlanceConfig, Glance),
     "detr": (DETRConfig, Detr),
 }
 

@@ -23,11 +23,13 @@ from saccade.metrics.detection import DetectionMetric
 from saccade.metrics.detection_report import DetectionReport
 from saccade.models.detector import BoxTargets, DetectionOutputs, Detector, DetectorRow
 from saccade.predictions import Detections
+from saccade.tasks.glance_loss import GlanceLoss
 from saccade.tasks.set_loss import DEFORMABLE_DETR, DETR
 
 # (outputs, targets) -> named, already weighted scalars
 Loss = Callable[[Any, BoxTargets], dict[str, Tensor]]
 LOSSES: dict[str, Callable[[DetectorRow, RunConfig], Loss]] = {
+    "glance": lambda row, config: GlanceLoss(),
     "detr": lambda row, config: DETR,
     "deformable_detr": lambda row, config: DEFORMABLE_DETR,
 }
