@@ -70,5 +70,5 @@ def perceptron(*widths: int) -> nn.Sequential:
     """Linear layers with ReLU between them, from the first width to the last."""
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layers += [Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

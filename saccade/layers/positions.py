@@ -35,23 +35,31 @@ def sinusoidal_2d_of_shares(
     grid: tuple[int, int],
     dim: int,
     *,
+    offset: float = 0.0,
     base: float = 10_000.0,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(h * w, dim): as `sinusoidal_2d`, but of shares of a full turn, one turn for the picture's height and width.
 
-    Sines and cosines alternate, as in DETR (https://arxiv.org/abs/2005.12872), whose code counts rows from one.
+    Sines and cosines alternate, as in DETR (https://arxiv.org/abs/2005.12872), whose code counts rows from one. An
+    `offset` of a half counts from the middle of the first one (https://arxiv.org/abs/2010.04159).
     """
     if dim % 4:
         raise ValueError(f"sinusoidal 2-D positions need a width that is a multiple of 4, not {dim}")
     h, w = grid
-    rates = base ** -(torch.arange(dim // 4, dtype=dtype, device=device) / (dim // 4))
-    angles = [
-        2 * math.pi * torch.arange(1, n + 1, dtype=dtype, device=device)[:, None] / (n + 1e-6) * rates for n in grid
-    ]
-    rows, columns = (torch.stack((each.sin(), each.cos()), dim=-1).flatten(1) for each in angles)  # (h, dim / 2)
+    rows, columns = (
+        sinusoidal_of_shares((torch.arange(1, n + 1, dtype=dtype, device=device) - offset) / (n + 1e-6), dim // 2, base)
+        for n in grid
+    )
     return torch.cat((rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)), dim=-1).flatten(0, 1)
+
+
+def sinusoidal_of_shares(shares: Float[Tensor, "*N"], dim: int, base: float = 10_000.0) -> Float[Tensor, "*N D"]:
+    """Sines and cosines in turn, of shares of a full turn; in the precision of `shares`."""
+    rates = base ** -(torch.arange(dim // 2, dtype=shares.dtype, device=shares.device) / (dim // 2))
+    angles = 2 * math.pi * shares[..., None] * rates
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
 def _waves(steps: Tensor, dim: int, base: float) -> Tensor:

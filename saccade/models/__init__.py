@@ -11,6 +11,7 @@ from saccade.backbones.base import Row
 from saccade.config import closest
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
+from saccade.models.deformable_detr import DEFORMABLE_DETR, DeformableDetr, DeformableDETRConfig
 from saccade.models.detector import Detector, DetectorRow
 from saccade.models.detr import DETR, Detr, DETRConfig
 from saccade.models.embedder import Embedder
@@ -21,10 +22,11 @@ from saccade.models.translator import Translator, TranslatorRow
 
 Network = Classifier | Embedder | Detector | Translator
 
-DETECTORS: dict[str, DetectorRow] = {**GLANCE, **DETR}
+DETECTORS: dict[str, DetectorRow] = {**GLANCE, **DETR, **DEFORMABLE_DETR}
 DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detector]]] = {
     "glance": (GlanceConfig, Glance),
     "detr": (DETRConfig, Detr),
+    "deformable_detr": (DeformableDETRConfig, DeformableDetr),
 }
 
 TRANSLATORS: dict[str, TranslatorRow] = {**TRANSFORMERS, **RECURRENTS}
