@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 FACTS = Path(__file__).with_name("facts.json")
-GROUPS = {"classify": "classification"}
+CLASSES = {"classify": 1000, "detect": 91}  # that models are counted with, as they are published
+HEADS = {
+    "classify": "With a head of 1000 classes, at the resolution shown",
+    "detect": "With a head for COCO's 91 numbers, at the resolution shown",
+}
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class ModelFacts:
     """`gflops`: multiplications and additions, each counted, of one picture of `image_size`^2 pixels."""
 
     name: str
+    task: str
     family: str
     parameters: int
     gflops: float
@@ -24,12 +29,13 @@ class ModelFacts:
     about: str
 
 
-def list_models() -> list[ModelFacts]:
-    """Facts of every model with a head of 1000 classes, in the order of the tables."""
-    return [ModelFacts(**values) for values in json.loads(FACTS.read_text(encoding="utf-8"))]
+def list_models(task: str | None = None) -> list[ModelFacts]:
+    """Facts of every model, or of those for one task, in the order of the tables."""
+    models = [ModelFacts(**values) for values in json.loads(FACTS.read_text(encoding="utf-8"))]
+    return [model for model in models if task in (None, model.task)]
 
 
-def count(name: str, classes: int = 1000) -> ModelFacts:
+def count(name: str, classes: int | None = None) -> ModelFacts:
     """The facts of a model, counted, on the meta device where that can be, so that nothing is allocated."""
     try:
         return _count(name, classes, "meta")
@@ -37,67 +43,78 @@ def count(name: str, classes: int = 1000) -> ModelFacts:
         return _count(name, classes, "cpu")
 
 
-def _count(name: str, classes: int, device: str) -> ModelFacts:
+def _count(name: str, classes: int | None, device: str) -> ModelFacts:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from saccade.backbones import backbone_row, build_backbone
-    from saccade.models.classifier import Classifier
+    from saccade.models import build_network, model_row, task_of
 
-    row = backbone_row(name)
+    row = model_row(name)
+    task = task_of(row)
     with torch.device(device):
-        model = Classifier(build_backbone(name), classes).eval().requires_grad_(False)
+        model = build_network(row, CLASSES[task] if classes is None else classes).eval().requires_grad_(False)
         images = torch.zeros(1, 3, row.image_size, row.image_size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images)
     parameters = sum(p.numel() for p in model.parameters())
     gflops = round(counter.get_total_flops() / 1e9, 3)
-    return ModelFacts(name, row.family, parameters, gflops, row.image_size, row.stride, row.about)
+    return ModelFacts(name, task, row.family, parameters, gflops, row.image_size, row.stride, row.about)
 
 
 def write_facts() -> None:
     """Count all models anew."""
-    from saccade.backbones import BACKBONES
+    from saccade.models import BACKBONES, DETECTORS
 
-    lines = ",\n".join(json.dumps(asdict(count(name))) for name in BACKBONES)
+    lines = ",\n".join(json.dumps(asdict(count(name))) for name in (*BACKBONES, *DETECTORS))
     FACTS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def describe_models() -> list[dict[str, Any]]:
+def describe_models(task: str | None = None) -> list[dict[str, Any]]:
     """The facts with the published weights that fit each model, for JSON."""
     from saccade.weights.published import PUBLISHED
 
-    return [asdict(m) | {"weights": [asdict(w) for w in PUBLISHED.get(m.name, ())]} for m in list_models()]
+    return [asdict(m) | {"weights": [asdict(w) for w in PUBLISHED.get(m.name, ())]} for m in list_models(task)]
 
 
-def render_models(name: str | None = None) -> None:
-    """The table of all models; with a name, one model and the weights that are published for it."""
+def render_models(name: str | None = None, task: str | None = None) -> None:
+    """The table of all models, or of those for one task; with a name, one model and the weights published for it."""
     from rich.console import Console
-    from rich.table import Table
 
     from saccade.weights.published import PUBLISHED
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)  # a pipe has no width; in a narrow terminal the forms are cut
-    table = Table(box=None, pad_edge=False)
-    models = [m for m in list_models() if name in (None, m.name)]
-    table.add_column("model", no_wrap=True, min_width=max(len(m.name) for m in models))
-    for column in ("parameters", "GFLOPs", "pixels", "stride", "weights"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    table.add_column("form", no_wrap=True, overflow="ellipsis")
-    for m in models:
-        size = f"{m.parameters / 1e6:.1f} M"
-        weights = str(len(PUBLISHED.get(m.name, ())) or "")
-        table.add_row(m.name, size, f"{m.gflops:.2f}", f"{m.image_size}", f"{m.stride}", weights, m.about)
-    console.print(table)
+    models = [m for m in list_models(task) if name in (None, m.name)]
+    width = max(len(m.name) for m in models)
+    for each in dict.fromkeys(m.task for m in models):
+        console.print(_table([m for m in models if m.task == each], width, console.width))
+        if name is None:
+            print(f"\n{HEADS[each]}; other sizes and shapes work too (--image-size).\n")
     if name is None:
-        print(
-            "\nWith a head of 1000 classes, at the resolution shown; other sizes and shapes work too (--image-size).\n"
-            "weights: how many published ones are known to fit; `saccade models NAME` names them."
-        )
+        print("weights: how many published ones are known to fit; `saccade models NAME` names them.")
         return
     for published in PUBLISHED.get(name, ()):
         print(f"\n{published.name}\n  {published.training_data}; licence: {published.licence}")
     if not PUBLISHED.get(name):
         print("\nNo published weights are known for it.")
+
+
+def _table(models: list[ModelFacts], width: int, space: int) -> Any:
+    """`width` is that of the names, `space` that of all; what does not fit is cut from the forms."""
+    from rich.table import Table
+
+    from saccade.weights.published import PUBLISHED
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True, min_width=width)
+    figures = ("parameters", "GFLOPs", "pixels", "stride", "weights")
+    for column in figures:
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    left = space - width - sum(len(column) + 2 for column in figures) - 2
+    table.add_column("form", no_wrap=True, overflow="ellipsis", max_width=max(8, left))
+    for m in models:
+        size = f"{m.parameters / 1e6:.1f} M"
+        weights = str(len(PUBLISHED.get(m.name, ())) or "")
+        table.add_row(m.name, size, f"{m.gflops:.2f}", f"{m.image_size}", f"{m.stride}", weights, m.about)
+    return table

@@ -526,7 +526,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="one model, with the published weights that fit it")
-    parser.add_argument("--task", choices=["classify"], default="classify", help="what the models are for")
+    parser.add_argument("--task", choices=["classify", "detect"], help="what the models are for; without it, all")
     parser.add_argument("--json", action="store_true", help="print the list as JSON on standard output")
 
 
@@ -534,13 +534,13 @@ def run_models(options: argparse.Namespace) -> int:
     """List the models: parameters, FLOPs, resolution, and where weights come from."""
     from saccade.catalog import describe_models, list_models, render_models
 
-    names = tuple(model.name for model in list_models())
+    names = tuple(model.name for model in list_models(options.task))
     if options.name is not None and options.name not in names:
         raise UserError(f"unknown model {options.name!r}{closest(options.name, names)} (`saccade models` lists all)")
     if options.json:
-        print(json.dumps([model for model in describe_models() if options.name in (None, model["name"])]))
+        print(json.dumps([model for model in describe_models(options.task) if options.name in (None, model["name"])]))
     else:
-        render_models(options.name)
+        render_models(options.name, options.task)
     return 0
 
 

@@ -39,8 +39,8 @@ class DETRConfig(DetectorRow):
 
     @property
     def about(self) -> str:
-        depths = f"{self.encoder_depth} + {self.decoder_depth} blocks of {self.dim} channels"
-        return f"{self.queries} queries, {depths}, on {self.backbone.family}: {self.backbone.about}"
+        depths = f"{self.encoder_depth} + {self.decoder_depth} x {self.dim}"
+        return f"{self.backbone.about}; {depths}, {self.queries} queries"
 
 
 def _resnet(name: str, *, dilated: bool = False) -> DETRConfig:
