@@ -147,6 +147,11 @@ CASES: dict[str, Case] = {
         {"without merging": lambda: ours("vit_small", {})},
         {"merge_tokens": MERGED},
     ),
+    f"vit_small_merging_{MERGED}_decreasing": Case(
+        "vit_small",
+        {"without merging": lambda: ours("vit_small", {})},
+        {"merge_tokens": MERGED, "merge_schedule": "decreasing"},
+    ),
 }
 
 

@@ -166,6 +166,9 @@ class NetworkConfig(Config):
     merge_tokens: int | None = Field(
         default=None, ge=0, le=256, description="tokens of a ViT that join others in each block: faster (ToMe)"
     )
+    merge_schedule: Literal["constant", "decreasing"] | None = Field(
+        default=None, description="decreasing: as many join others in all, most in the first blocks; faster still"
+    )
 
 
 class LossConfig(Config):

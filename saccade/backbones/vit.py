@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,7 @@ from saccade.layers.token_merging import Merged
 
 CLASS_TOKENS = {"token": 1, "distilled": 2, "token_mean": 1}  # that a pool reads
 # differ between sources and uses of one and the same model
-WRITTEN_ONLY = {"resize", "norm_eps", "class_position", "merge_tokens"}
+WRITTEN_ONLY = {"resize", "norm_eps", "class_position", "merge_tokens", "merge_schedule"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class ViTConfig(Row):
     norm_eps: float = 1e-6
     attention: str = "full"  # a name of `layers.efficient_attention.ATTENTION`
     merge_tokens: int = 0  # tokens that join others in each block
+    merge_schedule: Literal["constant", "decreasing"] = "constant"  # see `merges`
     drop_path: float = 0.0
     dropout: float = 0.0
 
@@ -81,6 +83,15 @@ class ViTConfig(Row):
     def prefix(self) -> int:
         """Tokens without a patch, which come first."""
         return self.class_tokens + self.registers
+
+    @property
+    def merges(self) -> tuple[int, ...]:
+        """Tokens that join others, block by block. Decreasing: from twice as many to none, as many in all."""
+        if self.merge_schedule == "constant" or self.depth == 1:
+            return self.depth * (self.merge_tokens,)
+        falling = [2 * self.merge_tokens * (1 - i / (self.depth - 1)) for i in range(self.depth)]
+        until = [round(sum(falling[:i])) for i in range(self.depth + 1)]  # sums are rounded, so that all of them count
+        return tuple(after - before for before, after in pairwise(until))
 
     @property
     def side(self) -> int:
@@ -351,16 +362,16 @@ class ViT(Backbone):
         """The attention weights of every block and of the pooling."""
         x, grid = self.embed(images)
         rotary = self.rotary(grid, x.device, x.dtype)
-        weights, merged, count = [], Merged.none_of(x), self.config.merge_tokens
-        for block in self.blocks:
+        weights, merged, merges = [], Merged.none_of(x), self.config.merge_tokens > 0
+        for block, count in zip(self.blocks, self.config.merges, strict=True):
             assert isinstance(block, EncoderBlock)
-            if count:
+            if merges:
                 more = {"count": count, "prefix": self.prefix, "rotary": rotary}
                 x, merged, block_weights = block.merging_with_weights(x, merged, **more)
             else:
                 x, block_weights = block.with_weights(x, rotary=rotary, layout=Layout(grid, self.prefix))
             weights.append(block_weights)
-        x = merged.unmerge(x) if count else x
+        x = merged.unmerge(x) if merges else x
         return AttentionTrace(tuple(weights), self._shares(self._norm_tokens(x)), self.prefix, grid)
 
     def _encode(self, images: Tensor, last_queries: int | None = None) -> tuple[Tensor, tuple[int, int]]:
@@ -376,11 +387,12 @@ class ViT(Backbone):
 
     def _encode_merging(self, x: Tensor, rotary: Rotary | None, last_queries: int | None) -> Tensor:
         """Through the blocks with ever fewer tokens; at the end each original token has the one that it went into."""
-        merged, settings = Merged.none_of(x), {"count": self.config.merge_tokens, "prefix": self.prefix}
-        for i, block in enumerate(self.blocks):
+        merged = Merged.none_of(x)
+        for i, (block, count) in enumerate(zip(self.blocks, self.config.merges, strict=True)):
             assert isinstance(block, EncoderBlock)
             queries = last_queries if i == len(self.blocks) - 1 else None
-            x, merged = self.run(partial(block.merging, queries=queries, rotary=rotary, **settings), x, merged)
+            settings = {"count": count, "prefix": self.prefix, "queries": queries, "rotary": rotary}
+            x, merged = self.run(partial(block.merging, **settings), x, merged)
         return x if last_queries is not None else merged.unmerge(x)
 
     def _norm_tokens(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:

@@ -13,6 +13,7 @@ The prefix (class token, registers) is never merged and stays in front.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -53,7 +54,7 @@ def match(metric: Float[Tensor, "B N D"], count: int, prefix: int = 0) -> Matchi
         return Matching(everything, everything[:, :0], everything[:, :0])
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first of each after the prefix
     metric = F.normalize(metric, dim=-1)
-    nearness, partner = (metric[:, even::2] @ metric[:, odd::2].transpose(1, 2)).max(dim=-1)  # (B, A)
+    nearness, partner = torch.bmm(metric[:, even::2], metric[:, odd::2].transpose(1, 2)).max(dim=-1)  # (B, A)
     order = nearness.argsort(dim=-1, descending=True)
     gone, left = order[:, :count], order[:, count:].sort(dim=-1).values
     stays = torch.cat((index[:prefix].expand(B, -1), left * 2 + even, index[odd::2].expand(B, -1)), dim=1)
@@ -62,35 +63,48 @@ def match(metric: Float[Tensor, "B N D"], count: int, prefix: int = 0) -> Matchi
 
 @dataclass(frozen=True)
 class Merged:
-    """What the tokens of a sequence are made of: `sizes` counts the original tokens in each of the M that are left,
-    `origin` says for each of the N original ones in which it is now, `anchor` which of them lends it its position.
-    """
+    """What the M tokens are made of that are left of a sequence: how many original ones each, and how it came so."""
 
     sizes: Float[Tensor, "B M"]
-    origin: Int[Tensor, "B N"]
-    anchor: Int[Tensor, "B M"]
+    tokens: int  # originally
+    before: Self | None = None  # and what was done to that:
+    matching: Matching | None = None
 
     @classmethod
     def none_of(cls, x: Float[Tensor, "B N C"]) -> Self:
         """Before anything is merged."""
         B, N, _ = x.shape
-        index = torch.arange(N, device=x.device).expand(B, -1)
         exact = torch.promote_types(x.dtype, torch.float32)
-        return cls(torch.ones(B, N, dtype=exact, device=x.device), index, index)
+        return cls(torch.ones(B, N, dtype=exact, device=x.device), N)
 
     @property
     def started(self) -> bool:
-        return self.sizes.shape[1] < self.origin.shape[1]
+        return self.before is not None
+
+    # made only where they are asked for: a summary by a class token needs neither
+
+    @cached_property
+    def origin(self) -> Int[Tensor, "B N"]:
+        """Of each original token: in which one it is now."""
+        if self.before is None or self.matching is None:
+            return torch.arange(self.tokens, device=self.sizes.device).expand(len(self.sizes), -1)
+        return self.matching.place().gather(1, self.before.origin)
+
+    @cached_property
+    def anchor(self) -> Int[Tensor, "B M"]:
+        """The original token that lends each its position."""
+        if self.before is None or self.matching is None:
+            return self.origin
+        return self.before.anchor.gather(1, self.matching.stays)
 
     def step(self, x: Float[Tensor, "B M C"], matching: Matching) -> tuple[Float[Tensor, "B L C"], Self]:
         """Tokens that become one are averaged by their sizes."""
         if matching.gone.shape[1] == 0:
             return x, self
-        place = matching.place()
-        sizes = self.sizes.gather(1, matching.stays)
-        sizes = sizes.scatter_add(1, matching.into, self.sizes.gather(1, matching.gone))
-        x = merge_rows(x, matching, place, self.sizes / sizes.gather(1, place))
-        return x, type(self)(sizes, place.gather(1, self.origin), self.anchor.gather(1, matching.stays))
+        of_stays, of_gone = self.sizes.gather(1, matching.stays), self.sizes.gather(1, matching.gone)
+        sizes = of_stays.scatter_add(1, matching.into, of_gone)
+        x = merge_rows(x, matching, of_stays / sizes, of_gone / sizes.gather(1, matching.into))
+        return x, type(self)(sizes, self.tokens, self, matching)
 
     def unmerge(self, x: Float[Tensor, "B M C"]) -> Float[Tensor, "B N C"]:
         """Each original token gets the value of the one that it is in: for dense maps."""
@@ -111,28 +125,31 @@ class Merged:
 
 
 def merge_rows(
-    x: Float[Tensor, "B N C"], matching: Matching, place: Int[Tensor, "B N"], share: Float[Tensor, "B N"]
+    x: Float[Tensor, "B N C"], matching: Matching, of_stays: Float[Tensor, "B M"], of_gone: Float[Tensor, "B R"]
 ) -> Float[Tensor, "B M C"]:
     """Sums of the tokens that become one, each times its share. No gradient goes to the shares."""
     M, N = matching.stays.shape[1], x.shape[1]
-    stays, gone = _flat(matching.stays, N), _flat(matching.gone, N)
-    into, place = _flat(matching.into, M), _flat(place, M)
-    merged = _MergeRows.apply(x.flatten(0, 1), share.to(x.dtype).reshape(-1, 1), stays, gone, into, place)
-    return merged.unflatten(0, (-1, M))
+    stays, gone, into = _flat(matching.stays, N), _flat(matching.gone, N), _flat(matching.into, M)
+    of_stays, of_gone = of_stays.to(x.dtype).reshape(-1, 1), of_gone.to(x.dtype).reshape(-1, 1)
+    return _MergeRows.apply(x.flatten(0, 1), of_stays, of_gone, stays, gone, into).unflatten(0, (-1, M))
 
 
 class _MergeRows(torch.autograd.Function):
     """Each row goes to one place, so the gradient is a gather; autograd's own sums into rows, twice as slow."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Tensor, stays: Tensor, gone: Tensor, into: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(share, place)
-        merged = x.index_select(0, stays).mul_(share.index_select(0, stays))
-        return merged.index_add_(0, into, x.index_select(0, gone).mul_(share.index_select(0, gone)))
+    def forward(
+        ctx: Any, x: Tensor, of_stays: Tensor, of_gone: Tensor, stays: Tensor, gone: Tensor, into: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(of_stays, of_gone, stays, gone, into)
+        return x.index_select(0, stays).mul_(of_stays).index_add_(0, into, x.index_select(0, gone).mul_(of_gone))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        share, place = ctx.saved_tensors
+        of_stays, of_gone, stays, gone, into = ctx.saved_tensors
+        place, share = stays.new_empty(len(stays) + len(gone)), of_stays.new_empty(len(stays) + len(gone), 1)
+        place[stays], place[gone] = torch.arange(len(stays), device=place.device), into
+        share[stays], share[gone] = of_stays, of_gone
         return gradients[0].index_select(0, place).mul_(share), None, None, None, None, None
 
 

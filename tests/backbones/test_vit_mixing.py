@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from saccade import UserError
 from saccade.backbones import backbone_row, build_backbone
-from saccade.backbones.vit import ViT
+from saccade.backbones.vit import ViT, ViTConfig
 from saccade.config import NetworkConfig
 from saccade.layers.efficient_attention import ATTENTION
 
@@ -63,6 +64,26 @@ def test_each_block_has_fewer_tokens() -> None:
     backbone = build(merge_tokens=5).eval()
     assert merged_counts(backbone, torch.randn(1, 3, 32, 32)) == [59, 54, 49, 44, 39, 34]
     assert merged_counts(backbone, torch.randn(1, 3, 8, 16)) == [4, 2, 1, 1, 1, 1], "at most half of those left"
+
+
+def test_a_decreasing_schedule_merges_most_in_the_first_blocks() -> None:
+    backbone = build(merge_tokens=5, merge_schedule="decreasing").eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert backbone.config.merges == (10, 8, 6, 4, 2, 0)
+    assert merged_counts(backbone, images) == [54, 46, 40, 36, 34, 34], "as many left as with 5 in each block"
+    assert gap(backbone.summary(images), backbone(images).summary) <= 1e-5
+    assert backbone.trace(images).weights[-1].shape == (2, 4, 65, 65)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 7, 12, 40])
+@pytest.mark.parametrize("count", [0, 1, 5, 13])
+def test_schedules_merge_as_many_in_all(depth: int, count: int) -> None:
+    row = replace(backbone_row("vit_micro"), depth=depth, merge_tokens=count)
+    falling = replace(row, merge_schedule="decreasing")
+    assert isinstance(row, ViTConfig) and isinstance(falling, ViTConfig)
+    assert row.merges == depth * (count,) and sum(falling.merges) == depth * count
+    assert len(falling.merges) == depth and min(falling.merges) >= 0
+    assert row.is_like(falling), "the same weights fit"
 
 
 def test_a_picture_of_one_colour_is_merged_without_loss() -> None:
@@ -120,6 +141,8 @@ def test_what_does_not_go_together() -> None:
     row = backbone_row("vit_micro")
     with pytest.raises(UserError, match="only with full attention"):
         row.changed(NetworkConfig(merge_tokens=2, attention="linear"))
+    with pytest.raises(UserError, match=r"network\.merge_schedule: a model of the family 'resnet'"):
+        backbone_row("resnet18").changed(NetworkConfig(merge_schedule="decreasing"))
     with pytest.raises(UserError, match="takes no rotary positions"):
         row.changed(NetworkConfig(position="rotary", attention="spatial_reduction"))
     with pytest.raises(UserError, match=r"network\.merge_tokens: a model of the family 'resnet'"):

@@ -224,7 +224,7 @@ def test_matching_needs_no_gradient_and_is_by_direction():
 
 def test_merge_rows_is_a_weighted_sum():
     x, matching, share = random(1, 4, 2), match(random(1, 4, 3), 1), torch.tensor([[2.0, 3.0, 5.0, 7.0]])
-    got = merge_rows(x, matching, matching.place(), share)
+    got = merge_rows(x, matching, share.gather(1, matching.stays), share.gather(1, matching.gone))
     expected = torch.zeros(1, 3, 2, dtype=torch.float64)
     for i, place in enumerate(matching.place()[0].tolist()):
         expected[0, place] += share[0, i] * x[0, i]
