@@ -67,7 +67,10 @@ def recognise(raw: RawWeights) -> Format:
 
 def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool = True) -> Imported:
     """Rename and check. `model` is a name of our table, where the source leaves the architecture open."""
-    form, shapes = recognise(raw), shapes_of(raw.tensors)
+    form = recognise(raw)
+    if (complete := form.complete) is not None:
+        raw = replace(raw, tensors=dict(_ask(raw.where, form, lambda: complete(raw.tensors, raw.config))))
+    shapes = shapes_of(raw.tensors)
     notes: list[str] = []
     row = _row(raw, form, shapes, model, notes)
     _refuse_absurd(raw.where, row, shapes)

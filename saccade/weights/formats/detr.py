@@ -125,6 +125,40 @@ def box_head(ours: str, theirs: str, depth: int = 3) -> list[Rule]:
 BODY = "model.backbone.conv_encoder.model."
 
 
+def hf_body(shapes: Shapes, config: Mapping[str, Any], names: resnet.Names) -> ResNetConfig:
+    """The backbone's row."""
+    read = resnet.plain_row if names is resnet.TIMM else resnet.huggingface_row
+    described = config.get("backbone_config") or {}
+    dilated = bool(config.get("dilation")) or described.get("output_stride") == 16
+    return replace(_frozen(read(_below(shapes, BODY), {})), dilated=dilated)
+
+
+def _frozen(body: ResNetConfig) -> ResNetConfig:
+    return replace(body, image_size=PREPROCESSING.image_size, frozen_norm=True)
+
+
+def _below(shapes: Shapes, prefix: str) -> Shapes:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def hf_body_config(body: Row, names: resnet.Names, stages: list[int]) -> dict[str, Any]:
+    """What config.json says of the backbone, of which a detector takes the maps of these stages (1 to 4)."""
+    if not isinstance(body, ResNetConfig):
+        raise UserError(f"transformers builds DETR on a ResNet, not on {body.family}")
+    if names is resnet.TIMM:
+        name = resnet.PLAIN.get((body.bottleneck, body.depths))
+        if name is None or body.widths != resnet.WIDTHS or body.stem != 64:
+            raise UserError(f"timm has no ResNet of {body.about} by name")
+        described: dict[str, Any] = {"backbone": name, "use_timm_backbone": True, "use_pretrained_backbone": False}
+    else:
+        inner = resnet.huggingface_config(body, 0)  # refuses a dilated one
+        described = {
+            "backbone_config": {**inner, "out_features": [f"stage{i}" for i in stages]},
+            "use_timm_backbone": False,
+        }
+    return {**described, "dilation": body.dilated}
+
+
 def _hf_rules(row: Row, classes: int, names: resnet.Names) -> list[Rule]:
     assert isinstance(row, DETRConfig)
     stacks = (("encoder", row.encoder_depth, False), ("decoder", row.decoder_depth, True))
@@ -157,32 +191,32 @@ def _hf_recognises(shapes: Shapes, config: Mapping[str, Any], stem: str) -> bool
 
 
 def _hf_row(shapes: Shapes, config: Mapping[str, Any], names: resnet.Names) -> DETRConfig:
-    _refuse_unsupported(config)
-    bare = {name.removeprefix(BODY): shape for name, shape in shapes.items() if name.startswith(BODY)}
-    body = resnet.plain_row(bare, {}) if names is resnet.TIMM else resnet.huggingface_row(bare, {})
-    described = config.get("backbone_config") or {}
-    dilated = bool(config.get("dilation")) or described.get("output_stride") == 16
+    refuse_unsupported(config, "DETR")
+    _refuse_auxiliary_loss(config)
     queries, dim = shapes["model.query_position_embeddings.weight"]
     return _row(
-        body,
-        dilated=dilated,
+        hf_body(shapes, config, names),
         dim=dim,
         heads=int(config.get("encoder_attention_heads", dim // HEAD_WIDTH)),
         hidden=shapes["model.decoder.layers.0.fc1.weight"][0],
-        depths=(_depth(shapes, "model.encoder.layers."), _depth(shapes, "model.decoder.layers.")),
+        depths=(depth_of(shapes, "model.encoder.layers."), depth_of(shapes, "model.decoder.layers.")),
         queries=queries,
         dropout=float(config.get("dropout", 0.1)),
     )
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def refuse_unsupported(config: Mapping[str, Any], kind: str) -> None:
+    """What transformers knows and ours does not; `kind` is the model's name."""
     standard = {"activation_function": "relu", "position_embedding_type": "sine", "num_channels": 3}
     for name, value in standard.items():
         if config.get(name, value) != value:
-            raise UserError(f"config.json: a DETR with {name} = {config[name]!r} is not supported, only {value!r}")
+            raise UserError(f"config.json: a {kind} with {name} = {config[name]!r} is not supported, only {value!r}")
     for name in ("attention_heads", "ffn_dim"):
         if config.get(f"encoder_{name}") != config.get(f"decoder_{name}"):
-            raise UserError(f"config.json: a DETR whose {name} differ in encoder and decoder is not supported")
+            raise UserError(f"config.json: a {kind} whose {name} differ in encoder and decoder is not supported")
+
+
+def _refuse_auxiliary_loss(config: Mapping[str, Any]) -> None:
     if config.get("auxiliary_loss"):
         raise UserError(
             "config.json: auxiliary_loss = true. With it, transformers passes each block of the decoder what its final "
@@ -190,14 +224,14 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         )
 
 
-def _depth(shapes: Shapes, prefix: str) -> int:
+def depth_of(shapes: Shapes, prefix: str) -> int:
+    """How many blocks there are below these names."""
     return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
 def _row(
     body: ResNetConfig,
     *,
-    dilated: bool,
     dim: int,
     heads: int,
     hidden: int,
@@ -205,10 +239,9 @@ def _row(
     queries: int,
     dropout: float,
 ) -> DETRConfig:
-    size = PREPROCESSING.image_size
     return DETRConfig(
-        image_size=size,
-        backbone=replace(body, image_size=size, frozen_norm=True, dilated=dilated),
+        image_size=body.image_size,
+        backbone=body,
         dim=dim,
         heads=heads,
         hidden=hidden,
@@ -221,22 +254,10 @@ def _row(
 
 def _hf_config(row: Row, classes: int, names: resnet.Names) -> dict[str, Any]:
     assert isinstance(row, DETRConfig)
-    body = row.backbone
-    if not isinstance(body, ResNetConfig):
-        raise UserError(f"transformers builds DETR on a ResNet, not on {body.family}")
-    if names is resnet.TIMM:
-        name = resnet.PLAIN.get((body.bottleneck, body.depths))
-        if name is None or body.widths != resnet.WIDTHS or body.stem != 64:
-            raise UserError(f"timm has no ResNet of {body.about} by name")
-        backbone: dict[str, Any] = {"backbone": name, "use_timm_backbone": True, "use_pretrained_backbone": False}
-    else:
-        described = {**resnet.huggingface_config(body, 0), "out_features": ["stage4"]}  # refuses a dilated one
-        backbone = {"backbone_config": described, "use_timm_backbone": False}
     return {
         "architectures": ["DetrForObjectDetection"],
         "model_type": "detr",
-        **backbone,
-        "dilation": body.dilated,
+        **hf_body_config(row.backbone, names, [4]),
         "num_queries": row.queries,
         "d_model": row.dim,
         **{f"{part}_layers": depth for part, depth in zip(("encoder", "decoder"), _depths(row), strict=True)},
@@ -280,7 +301,7 @@ def _build_hf(row: Row, classes: int, names: resnet.Names) -> nn.Module:
 def _outputs(model: Any, images: Tensor) -> DetectionOutputs:
     """The heads of every block of the decoder, as in training; transformers gives the last alone.
 
-    (What it gives of all with `auxiliary_loss` are those of another model: see `_refuse_unsupported`.)
+    (What it gives of all with `auxiliary_loss` are those of another model: see `_refuse_auxiliary_loss`.)
     """
     states: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda *call: states.append(call[-1])) for block in model.model.decoder.layers]
@@ -321,11 +342,19 @@ def edges(kind: str, given: PreprocessingConfig) -> dict[str, Any]:
 # --- the original repository -----------------------------------------------------------------------------------------
 
 
+ORIGINAL_BODY = "backbone.0.body."
+
+
+def original_body(shapes: Shapes) -> ResNetConfig:
+    """The backbone's row; that it is dilated is not to be seen."""
+    return _frozen(resnet.plain_row(_below(shapes, ORIGINAL_BODY), {}))
+
+
 def _original_rules(row: Row, classes: int) -> list[Rule]:
     assert isinstance(row, DETRConfig)
     stacks = (("encoder", row.encoder_depth, False), ("decoder", row.decoder_depth, True))
     return [
-        *backbone_rules(row.backbone, resnet.TORCHVISION, "backbone.0.body."),
+        *backbone_rules(row.backbone, resnet.TORCHVISION, ORIGINAL_BODY),
         *module("projection", "input_proj"),
         same("query_table", "query_embed.weight"),
         *(
@@ -341,16 +370,13 @@ def _original_rules(row: Row, classes: int) -> list[Rule]:
 
 
 def _original_row(shapes: Shapes, config: Mapping[str, Any]) -> DETRConfig:
-    prefix = "backbone.0.body."
-    bare = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     queries, dim = shapes["query_embed.weight"]
     return _row(
-        resnet.plain_row(bare, {}),
-        dilated=False,
+        original_body(shapes),
         dim=dim,
         heads=dim // HEAD_WIDTH,
         hidden=shapes["transformer.decoder.layers.0.linear1.weight"][0],
-        depths=(_depth(shapes, "transformer.encoder.layers."), _depth(shapes, "transformer.decoder.layers.")),
+        depths=(depth_of(shapes, "transformer.encoder.layers."), depth_of(shapes, "transformer.decoder.layers.")),
         queries=queries,
         dropout=0.1,
     )
@@ -358,7 +384,7 @@ def _original_row(shapes: Shapes, config: Mapping[str, Any]) -> DETRConfig:
 
 def _original_recognises(shapes: Shapes, config: Mapping[str, Any]) -> bool:
     known = (
-        "backbone.0.body.conv1.weight",
+        f"{ORIGINAL_BODY}conv1.weight",
         "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
         "class_embed.weight",
         "bbox_embed.layers.2.weight",

@@ -45,6 +45,17 @@ def packed(ours: str, *theirs: str) -> Rule:
     return Rule(ours, theirs, lambda *parts: torch.cat(parts), lambda whole: tuple(whole.chunk(len(theirs))))
 
 
+def copied(ours: str, *theirs: str) -> Rule:
+    """One tensor that their files hold several times, because several of their modules are one."""
+    return Rule(ours, theirs, _the_one, lambda tensor: (tensor,) * len(theirs), gradient=lambda first, *others: first)
+
+
+def _the_one(first: Tensor, *others: Tensor) -> Tensor:
+    if far := [other for other in others if not torch.equal(first, other)]:
+        raise ValueError(f"should be the same tensor {1 + len(others)} times, but {len(far)} of them differ")
+    return first
+
+
 @dataclass(frozen=True)
 class Stage:
     """Two modules whose outputs must agree, with functions that bring either output into the same layout."""
@@ -107,6 +118,8 @@ class Format:
     peer: Peer | None = None
     preprocessing: PreprocessingConfig | None = None  # where the source says nothing
     processor: Callable[[PreprocessingConfig], dict[str, Any]] | None = None  # their own words in preprocessor_config
+    # (tensors, config) -> the tensors with those that a file leaves out because it holds them under another name
+    complete: Callable[[State, Mapping[str, Any]], State] | None = None
 
     @property
     def name(self) -> str:
@@ -128,7 +141,7 @@ def read_state(theirs: State, rules: Sequence[Rule], ignored: Sequence[str], whe
                 ours[rule.ours] = rule.read(*(theirs[name] for name in rule.theirs))
             except (RuntimeError, IndexError, ValueError) as error:
                 shapes = ", ".join(f"{name} {tuple(theirs[name].shape)}" for name in rule.theirs)
-                faults.append(f"shape: {shapes} ({error})")
+                faults.append(f"unfit: {shapes} ({error})")
     if faults:
         shown = "".join(f"\n  {fault}" for fault in faults[:40])
         more = f"\n  and {len(faults) - 40} more" if len(faults) > 40 else ""
