@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saccade.weights.formats import detr, efficientformer, efficientvit, levit, resnet, swin, vit
+from saccade.weights.formats import deformable_detr, detr, efficientformer, efficientvit, levit, resnet, swin, vit
 from saccade.weights.formats.table import Format
 
 FORMATS: tuple[Format, ...] = (
@@ -13,4 +13,5 @@ FORMATS: tuple[Format, ...] = (
     *levit.FORMATS,
     *resnet.FORMATS,
     *detr.FORMATS,
+    *deformable_detr.FORMATS,
 )
