@@ -13,7 +13,7 @@ from saccade.data.source import Source
 from saccade.data.sources import fit_to_pictures, open_source
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
-from saccade.engine.evaluate import Normalise, evaluate_batches
+from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.predict import Model
 from saccade.engine.run_folder import resume_config
 from saccade.errors import UserError
@@ -73,9 +73,9 @@ def evaluate(
         batch_size=batch_size,
         workers=workers,
     )
-    normalise = Normalise(loaded.preprocessing, loaded.device)
+    inputs = PictureInputs(Normalise(loaded.preprocessing, loaded.device))
     report = evaluate_batches(
-        loaded.network, batches, task, normalise, loaded.device, loaded.precision, World(), count, failed
+        loaded.network, batches, task, inputs, loaded.device, loaded.precision, World(), count, failed
     )
     if failed and unreadable is None:
         warnings.warn(f"{len(failed)} pictures could not be read and do not count:\n" + "\n".join(failed), stacklevel=3)

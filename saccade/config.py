@@ -129,10 +129,15 @@ class OptimizerConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """Learning rate over the run: linear warm-up, then a cosine to `final`."""
+    """Learning rate over the run: linear warm-up, then down by a cosine or with the root of the steps."""
 
+    shape: Literal["cosine", "inverse_sqrt"] = Field(
+        default="cosine", description="inverse_sqrt: with the root of the steps, as the Transformer was published"
+    )
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of all steps in which the learning rate rises")
-    final: float = Field(default=0.0, ge=0, le=1, description="share of the learning rate that is left at the end")
+    final: float = Field(
+        default=0.0, ge=0, le=1, description="share of the learning rate that is left at the end of a cosine"
+    )
 
 
 class NetworkConfig(Config):
@@ -171,6 +176,32 @@ class NetworkConfig(Config):
     )
 
 
+class TextConfig(Config):
+    """Texts and their translations, where the task is to translate."""
+
+    source: str | None = Field(default=None, description="language that is translated, as files and columns name it")
+    target: str | None = Field(default=None, description="language that is translated into")
+    vocabulary: int = Field(
+        default=6000, ge=64, le=1_000_000, description="most tokens of the vocabulary that both languages share"
+    )
+    tokenizer: Literal["bpe", "unigram"] = Field(
+        default="bpe", description="how subwords are learnt; unigram is not the same in every run"
+    )
+    max_length: int = Field(
+        default=128, ge=4, le=4096, description="longer texts, in tokens, are not learnt from and are cut otherwise"
+    )
+    batch_tokens: int = Field(default=4096, ge=16, description="tokens of either language in a batch, with padding")
+
+
+class DecodingConfig(Config):
+    """How translations are searched for in evaluation."""
+
+    beams: int = Field(default=1, ge=1, le=64, description="attempts side by side; 1: the likeliest token each time")
+    length_penalty: float = Field(
+        default=1.0, ge=0, le=10, description="a translation's logarithm is divided by its length to this power"
+    )
+
+
 class LossConfig(Config):
     """What is minimised."""
 
@@ -198,7 +229,9 @@ class RunConfig(Config):
         description="folder, table (.csv, .jsonl), folder of .tar shards, or Hugging Face dataset on disk"
     )
     val: str | None = Field(default=None, description="validation data, where it does not lie beside the training data")
-    task: Literal["classify", "detect"] | None = Field(default=None, description="what is learnt; none: from the data")
+    task: Literal["classify", "detect", "translate"] | None = Field(
+        default=None, description="what is learnt; none: from the data"
+    )
     recipe: str = Field(
         default="auto", description="small_from_scratch, fine_tune, linear_probe, large; auto: from the data"
     )
@@ -239,6 +272,8 @@ class RunConfig(Config):
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     sources: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
+    text: TextConfig = TextConfig()
+    decoding: DecodingConfig = DecodingConfig()
     network: NetworkConfig = NetworkConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -35,9 +35,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "metrics": {"drawing"},
     "weights.formats": {"layers", "backbones", "models"},
-    "weights": {"weights.formats", "layers", "backbones", "models"},
-    "tasks": {"layers", "backbones", "models", "data", "metrics", "predictions", "drawing", "explain"},
-    "engine": {"backbones", "models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain"},
+    "weights": {"weights.formats", "layers", "backbones", "models", "tokenizer"},
+    "tasks": {
+        "layers", "backbones", "models", "data", "metrics", "predictions", "drawing", "explain", "tokenizer", "decoding",
+    },  # fmt: skip
+    "engine": {
+        "backbones", "models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain", "tokenizer",
+    },  # fmt: skip
     "verification": {"backbones", "models", "tasks", "data", "weights", "weights.formats"},
     "recipes": {"backbones", "models", "catalog", "data", "weights", "tasks", "engine"},
     "demo": {"*"},

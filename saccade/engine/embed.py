@@ -30,6 +30,7 @@ from saccade.engine.evaluate import Normalise
 from saccade.engine.predict import Model, PictureInput, list_inputs, open_picture
 from saccade.engine.vector_files import Rows, check_suffix, read_metadata, write_vectors
 from saccade.errors import UserError
+from saccade.models.translator import Translator
 from saccade.weights.fingerprint import hash_tensors
 from saccade.weights.model_file import write_atomically
 
@@ -106,6 +107,7 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> np.ndarray:
         """Normalised pictures (B, 3, H, W) -> float32 (B, C)."""
+        assert not isinstance(self.model.network, Translator)  # a Model is of pictures
         backbone = self.model.network.backbone
         with autocast(self.model.device, self.model.precision):
             if self.what == "summary":

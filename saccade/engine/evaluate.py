@@ -27,11 +27,21 @@ class Normalise:
         return (images.float() - self.mean) * self.scale
 
 
+class PictureInputs:
+    """The pictures of a batch as the network takes them."""
+
+    def __init__(self, normalise: Normalise):
+        self.normalise = normalise
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.normalise(batch.images)
+
+
 def evaluate_batches(
     network: nn.Module,
-    batches: Generator[Batch, None, None],
+    batches: Generator[Any, None, None],
     task: Any,
-    normalise: Normalise,
+    inputs: Callable[[Any], Any],
     device: torch.device,
     precision: torch.dtype,
     world: World,
@@ -49,7 +59,8 @@ def evaluate_batches(
         for batch in batches:
             batch = batch.to(device)
             with autocast(device, precision):
-                outputs = network(normalise(batch.images))  # also of an empty batch: sharded processes must keep step
+                # also of an empty batch: sharded processes must keep step
+                outputs = task.answer(network, inputs(batch), batch.targets)
             if unreadable is not None:
                 unreadable += [what for _, what in batch.unreadable]
             if len(batch.indices):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from saccade.config import OptimizerConfig, ScheduleConfig
 from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector
+from saccade.models.translator import Translator
 
 
-def build_optimizers(model: Classifier | Detector, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Classifier | Detector | Translator, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices inside the blocks and AdamW for the rest.
 
     Muon is https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size (https://arxiv.org/abs/2502.16982),
@@ -61,10 +62,15 @@ def _can_fuse(model: nn.Module) -> bool:
 
 
 def lr_share(step: int, total: int, config: ScheduleConfig) -> float:
-    """The share of the highest learning rate at a step (from 0): linear warm-up, then a cosine down to `final`."""
+    """The share of the highest learning rate at a step (from 0): linear warm-up, then down to the end of the run.
+
+    By the root of the steps is https://arxiv.org/abs/1706.03762, whose constant is the highest learning rate here.
+    """
     warmup = round(config.warmup * total)
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    if config.shape == "inverse_sqrt":
+        return math.sqrt((warmup + 1) / (step + 1))
     progress = (step - warmup) / max(1, total - warmup)
     return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

@@ -36,15 +36,15 @@ class Plan:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
 
 
-def load_plan(folder: Path, splits: Splits, world: World) -> Plan:
+def load_plan(folder: Path, path: Path, hash_of_data: str, world: World) -> Plan:
     """The plan of a run that is continued; data or machine that would change the result are refused."""
     try:
         values = json.loads((folder / "plan.json").read_text())
         plan = Plan(**{**values, "class_names": tuple(values["class_names"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / 'plan.json'}: damaged ({error!r}); the run cannot be continued exactly") from None
-    if plan.data_hash != data_hash(splits):
-        raise UserError(f"{splits.train.path}: is not the data that {folder} began with (files or labels differ)")
+    if plan.data_hash != hash_of_data:
+        raise UserError(f"{path}: is not the data that {folder} began with (files or labels differ)")
     if plan.world_size != world.size:
         raise UserError(f"{folder}: was begun with {plan.world_size} processes, not {world.size}; use as many")
     return plan

@@ -23,7 +23,7 @@ from saccade.engine.evaluate import Normalise
 from saccade.errors import UserError
 from saccade.models import Network
 from saccade.models.embedder import Embedder
-from saccade.tasks import Task, build_task
+from saccade.tasks import PictureTask, build_picture_task
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard
 
@@ -65,9 +65,9 @@ class Model:
         return self.card.preprocessing
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> PictureTask:
         config = RunConfig(data="", preprocessing=self.preprocessing)
-        return build_task(self.card.task, self.class_names, config, self.network.config)
+        return build_picture_task(self.card.task, self.class_names, config, self.network.config)
 
     def predict(
         self,

@@ -17,9 +17,9 @@ PLAIN_SECONDS = 30.0  # between lines where there is no terminal
 class RunTable:
     """A line per evaluation; between them a bar (terminal) or now and then a plain line (pipe). All on stderr."""
 
-    def __init__(self, total: int, done: int, *, show: bool = True):
+    def __init__(self, total: int, done: int, *, show: bool = True, counted: str = "pictures"):
         self.total, self.first, self.start = total, done, time.monotonic()
-        self.show = show
+        self.show, self.counted = show, counted
         self.console = Console(stderr=True, quiet=not show, highlight=False, soft_wrap=True)
         self.live: Progress | None = None
         self.bar: TaskID | None = None
@@ -31,7 +31,7 @@ class RunTable:
             self.live = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} pictures/s"),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} " + f"{self.counted}/s"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -55,7 +55,8 @@ class RunTable:
             self.live.update(self.bar, completed=step, loss=loss, speed=speed)
         elif self.show and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            self.say(f"  step {step}/{self.total}  loss {loss:.3f}  {speed:.0f} pictures/s  left {self.left(step)}")
+            pace = f"{speed:.0f} {self.counted}/s"
+            self.say(f"  step {step}/{self.total}  loss {loss:.3f}  {pace}  left {self.left(step)}")
 
     def row(self, step: int, epoch: float, values: dict[str, float], best: bool) -> None:
         """After an evaluation."""

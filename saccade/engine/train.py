@@ -10,43 +10,38 @@ import copy
 import hashlib
 import json
 import math
-import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from saccade.backbones.base import Row
 from saccade.config import RunConfig
-from saccade.data.loader import batches_per_epoch, eval_batches, train_batches
-from saccade.data.measured import open_measured
-from saccade.data.sample import Batch
-from saccade.data.sources import Splits
 from saccade.drawing import training_curves
 from saccade.engine import distributed
 from saccade.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from saccade.engine.device import autocast, choose_device, choose_precision
 from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
-from saccade.engine.evaluate import Normalise, evaluate_batches
+from saccade.engine.evaluate import evaluate_batches
 from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
-from saccade.engine.plan import EpochEnds, Plan, data_hash, load_plan, planned_row
+from saccade.engine.plan import EpochEnds, Plan, load_plan, planned_row
 from saccade.engine.progress import RunTable, clock
+from saccade.engine.run_data import AnyBatch, RunData, open_data
 from saccade.engine.run_folder import make_run_folder, remove_unused, write_rows
 from saccade.engine.signals import stop_signals
 from saccade.errors import UserError
 from saccade.models import build_network
 from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector
+from saccade.models.translator import Translator
 from saccade.tasks import Task, build_task
 from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model, write_atomically
@@ -91,58 +86,14 @@ class Session:
     device: torch.device
     precision: torch.dtype
     task: Task
-    splits: Splits
-    train_sizes: np.ndarray
-    val_sizes: np.ndarray
-    model: Classifier | Detector  # holds the parameters
+    data: RunData
+    model: Classifier | Detector | Translator  # holds the parameters
     network: nn.Module  # the model as it is called: wrapped, compiled
     optimizers: list[torch.optim.Optimizer]
-    normalise: Normalise
-
-    @property
-    def workers(self) -> int:
-        """As asked; else none beside a processor, which has the same work to do, and several beside another device."""
-        if self.config.workers is not None:
-            return self.config.workers
-        return 0 if self.device.type == "cpu" else min(8, max(1, (os.cpu_count() or 2) // self.world.size - 1))
 
     @property
     def sharded(self) -> bool:
         return self.world.size > 1 and self.config.distributed.strategy == "fsdp"
-
-    def train_batches(self, start: int, stop: int | None) -> Generator[Batch, None, None]:
-        config = self.config
-        return train_batches(
-            self.splits.train,
-            self.train_sizes,
-            self.task.train_transform,
-            self.task.train_collate,
-            preprocessing=config.train_preprocessing,
-            data=config.sources,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=start,
-            stop=stop,
-            workers=self.workers,
-            rank=self.world.rank,
-            world=self.world.size,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def eval_batches(self) -> Generator[Batch, None, None]:
-        config = self.config
-        return eval_batches(
-            self.splits.val,
-            self.val_sizes,
-            self.task.eval_transform,
-            self.task.eval_collate,
-            preprocessing=config.preprocessing,
-            data=config.sources,
-            batch_size=config.batch_size,
-            workers=self.workers,
-            rank=self.world.rank,
-            world=self.world.size,
-        )
 
 
 def train(config: RunConfig, *, resume: bool = False, show: bool = True) -> TrainResult:
@@ -164,35 +115,38 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
     if not resume:
         make_run_folder(folder, config, world)
     try:
-        session = open_session(config, world, planned_row(folder) if resume else None)
+        session = open_session(config, world, folder if resume else None)
     except UserError:
         if not resume and world.is_main:
             remove_unused(folder)
         raise
-    plan = load_plan(folder, session.splits, world) if resume and (folder / "plan.json").exists() else None
-    if plan is None:
+    if resume and (folder / "plan.json").exists():
+        plan = load_plan(folder, session.data.path, session.data.hash(), world)
+    else:
         plan = make_plan(session, began, show)
         if world.is_main:
+            session.data.keep(folder)
             write_atomically(folder / "plan.json", (json.dumps(plan.__dict__, indent=2) + "\n").encode())
     return run(session, plan, folder, show)
 
 
-def open_session(config: RunConfig, world: World, row: Row | None = None) -> Session:
-    """All that a run works with. With the `row` of a run that is continued, the weights are yet to be restored."""
-    distributed.check_batch_size(config.batch_size, world)
+def open_session(config: RunConfig, world: World, folder: Path | None = None) -> Session:
+    """All that a run works with. With the `folder` of one that is continued, the weights may be yet to be restored."""
     device = choose_device(config.device, world.local_rank)
     precision = choose_precision(config.precision, device)
-    splits, train_sizes, val_sizes = open_measured(Path(config.data), config.val, config.sources)
+    row = None if folder is None else planned_row(folder)
+    data = open_data(config, world, device, folder)
     seed_everything(config.seed, 0, 0)  # the same initial weights in every process
-    class_names = splits.train.class_names
     if row is not None:
-        model = build_network(row, len(class_names))
+        model = build_network(row, len(data.class_names))
     else:
-        model, notes = initial_network(config, class_names)
-        splits.notes.extend(notes)
-    assert isinstance(model, Classifier | Detector)  # there are classes
-    task = build_task(config.task or splits.task, class_names, config, model.config)
-    model.backbone.activation_checkpointing = config.activation_checkpointing
+        model, notes = initial_network(config, data.class_names, data.tokenizer)
+        data.notes.extend(notes)
+    assert isinstance(model, Classifier | Detector | Translator)  # there are classes, or a vocabulary
+    task = build_task(config.task or data.task, data.class_names, config, model.config, data.tokenizer)
+    data.serve(task)
+    trunk = model if isinstance(model, Translator) else model.backbone
+    trunk.activation_checkpointing = config.activation_checkpointing
     model.to(device)
     if config.train_part == "head":
         for name, parameter in model.named_parameters():
@@ -204,20 +158,17 @@ def open_session(config: RunConfig, world: World, row: Row | None = None) -> Ses
         device=device,
         precision=precision,
         task=task,
-        splits=splits,
-        train_sizes=train_sizes,
-        val_sizes=val_sizes,
+        data=data,
         model=model,
         network=torch.compile(network) if config.compile else network,  # pyright: ignore[reportArgumentType]
         optimizers=build_optimizers(model, config.optimizer),
-        normalise=Normalise(config.preprocessing, device),
     )
 
 
 def make_plan(session: Session, began: float, show: bool) -> Plan:
     """Fix the number of steps: given, from epochs, or from minutes by measuring this machine's speed."""
     config = session.config
-    per_epoch = batches_per_epoch(len(session.train_sizes), config.batch_size)
+    per_epoch = session.data.batches_per_epoch
     if config.steps is not None:
         total = config.steps
     elif config.minutes is not None:
@@ -229,8 +180,8 @@ def make_plan(session: Session, began: float, show: bool) -> Plan:
         batches_per_epoch=per_epoch,
         batch_size=config.batch_size,
         precision="float32" if session.precision == torch.float32 else "bfloat16",
-        class_names=session.splits.train.class_names,
-        data_hash=data_hash(session.splits),
+        class_names=session.data.class_names,
+        data_hash=session.data.hash(),
         world_size=session.world.size,
         architecture=session.model.config.to_dict(),
     )
@@ -241,7 +192,7 @@ def steps_within(session: Session, seconds: float, began: float, show: bool) -> 
     config, table = session.config, RunTable(1, 0, show=show)
     weights = copy.deepcopy(session.model.state_dict())
     probe = min(20.0, max(2.0, 0.04 * seconds))
-    batches = session.train_batches(0, None)
+    batches = session.data.train_batches(0, None)
     set_lr(session.optimizers, 0.0)
     for _ in range(2):
         train_step(session, batches, 0)
@@ -281,18 +232,19 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
     epoch_ends = EpochEnds(plan, config.optimizer.accumulate)
     writer = Events(folder / "events", first_step) if world.is_main else None
     accumulate = config.optimizer.accumulate
-    batches = session.train_batches(first_step * accumulate, plan.total_steps * accumulate)
+    batches = session.data.train_batches(first_step * accumulate, plan.total_steps * accumulate)
     saver = Saver(session, folder, ema, config.checkpoint_seconds)
-    pictures, clock_start = 0, time.monotonic()
+    amount, clock_start = 0, time.monotonic()
     # closed whatever happens: loader workers that take no SIGTERM would keep a failing program from its end
-    with RunTable(plan.total_steps, first_step, show=show) as table, stop_signals() as stop, closing(batches):
+    shown = RunTable(plan.total_steps, first_step, show=show, counted=session.data.counted)
+    with shown as table, stop_signals() as stop, closing(batches):
         announce(table, session, plan, first_step)
         while progress.step < plan.total_steps:
             step = progress.step
             lr = config.lr * lr_share(step, plan.total_steps, config.schedule)
             set_lr(session.optimizers, lr)
             result = train_step(session, batches, step)
-            pictures += result.pictures * world.size
+            amount += result.amount * world.size
             note_unreadable(progress, session, result.unreadable, table)
             progress.step = step + 1
             if result.fault:
@@ -304,7 +256,7 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
                 progress.loss_count += 1
                 if ema is not None:
                     ema.update(step)
-            speed = pictures / (time.monotonic() - clock_start)
+            speed = amount / (time.monotonic() - clock_start)
             table.step(progress.step, result.loss, speed)
             if writer is not None:
                 writer.add(step, {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm})
@@ -331,12 +283,12 @@ class StepResult:
     loss: float
     grad_norm: float
     fault: str
-    pictures: int
+    amount: int  # of what speed is counted in
     indices: list[int]
     unreadable: list[tuple[int, str]]
 
 
-def train_step(session: Session, batches: Iterator[Batch], step: int) -> StepResult:
+def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> StepResult:
     """One optimizer step over `accumulate` batches. With a fault, nothing has changed afterwards."""
     config, device = session.config, session.device
     accumulate = config.optimizer.accumulate
@@ -345,12 +297,13 @@ def train_step(session: Session, batches: Iterator[Batch], step: int) -> StepRes
     buffers = [buffer.clone() for buffer in session.model.buffers()]
     session.network.train()
     if config.train_part == "head":
+        assert not isinstance(session.model, Translator)  # it has no head
         session.model.backbone.eval()  # a frozen backbone's statistics stay, too
     loss_sum, fault, grad_norm = 0.0, "", math.nan
     for batch in group:
         batch = batch.to(device)
         with autocast(device, session.precision):
-            outputs = session.task.forward(session.network, session.normalise(batch.images), batch.targets)
+            outputs = session.task.forward(session.network, session.data.inputs(batch), batch.targets)
         losses = session.task.losses(outputs, batch.targets)
         loss = torch.stack(list(losses.values())).sum() / accumulate
         loss_sum += loss.item()
@@ -378,7 +331,8 @@ def train_step(session: Session, batches: Iterator[Batch], step: int) -> StepRes
     indices = [int(i) for batch in group for i in batch.indices]
     unreadable = [entry for batch in group for entry in batch.unreadable]
     mean_loss = distributed.mean(loss_sum, session.world)
-    return StepResult(mean_loss, grad_norm, fault, len(indices), indices, unreadable)
+    amount = sum(session.data.amount(batch) for batch in group)
+    return StepResult(mean_loss, grad_norm, fault, amount, indices, unreadable)
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
@@ -393,9 +347,9 @@ def evaluate(session: Session) -> Any:
         distributed.same_buffers(session.model, session.world)
     return evaluate_batches(
         session.network,
-        session.eval_batches(),
+        session.data.eval_batches(),
         session.task,
-        session.normalise,
+        session.data.inputs,
         session.device,
         session.precision,
         session.world,
@@ -466,7 +420,7 @@ def describe(
 ) -> ModelCard:
     from saccade import __version__
 
-    config = session.config
+    config, data = session.config, session.data
     start = f"weights {config.weights}" if config.weights else "random weights"
     return ModelCard(
         task=session.task.name,
@@ -476,7 +430,8 @@ def describe(
         architecture=plan.architecture,
         metrics=scalars,
         threshold=threshold,
-        training_data=f"{Path(config.data).name}, {len(session.splits.train)} pictures, sha256 {plan.data_hash[:16]}",
+        tokenizer=None if data.tokenizer is None else data.tokenizer.to_text(),
+        training_data=f"{Path(config.data).name}, {len(data)} {data.samples}, sha256 {plan.data_hash[:16]}",
         provenance=f"saccade train from {start}, seed {config.seed}, step {step} of {plan.total_steps}",
         library_version=__version__,
     )
@@ -487,11 +442,11 @@ def note_unreadable(progress: Progress, session: Session, unreadable: list[tuple
     if not distributed.agree([bool(unreadable)], session.world)[0]:
         return
     for index, what in (entry for part in distributed.gather(unreadable, session.world) for entry in part):
-        name = session.splits.train.id(index)
+        name = session.data.name(index)
         if name not in progress.unreadable:
             progress.unreadable[name] = what
             table.say(f"left out: {what}")
-    if len(progress.unreadable) >= len(session.splits.train):
+    if len(progress.unreadable) >= len(session.data):
         raise UserError(f"{session.config.data}: no training picture can be read; see `saccade inspect`")
 
 
@@ -499,7 +454,7 @@ def note_fault(
     progress: Progress, session: Session, folder: Path, step: int, result: StepResult, limit: int, table: RunTable
 ) -> None:
     """Write the samples of a step with a non-finite loss or gradient to `faults.jsonl`; stop after several in a row."""
-    ids = [session.splits.train.id(i) for i in result.indices]
+    ids = [session.data.name(i) for i in result.indices]
     everywhere = [name for part in distributed.gather(ids, session.world) for name in part]
     loss = repr(result.loss)  # NaN and infinity are not JSON
     progress.faults.append({"step": step, "fault": result.fault, "loss": loss, "samples": everywhere})
@@ -531,15 +486,14 @@ def restore(session: Session, folder: Path, ema: Ema | None, show: bool) -> Prog
 
 
 def announce(table: RunTable, session: Session, plan: Plan, first_step: int) -> None:
-    config, splits = session.config, session.splits
+    config, data = session.config, session.data
     parameters = sum(p.numel() for p in session.model.parameters())
     table.say(
         f"{'continuing at step ' + str(first_step) + ': ' if first_step else ''}{config.model} "
-        f"({parameters / 1e6:.1f} M parameters, {plan.precision}) on {len(splits.train)} pictures of "
-        f"{len(plan.class_names)} classes, {len(splits.val)} for validation; {plan.total_steps} steps of "
-        f"{config.batch_size} pictures, about {config.preprocessing.image_size} px; folder {config.out}"
+        f"({parameters / 1e6:.1f} M parameters, {plan.precision}) on {data.about}; "
+        f"{plan.total_steps} steps of {data.about_steps}; folder {config.out}"
     )
-    for note in splits.notes:
+    for note in data.notes:
         table.say(f"note: {note}")
 
 

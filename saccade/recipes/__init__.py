@@ -14,6 +14,7 @@ from saccade.backbones.base import Row
 from saccade.config import RunConfig, build_config, closest, merge
 from saccade.data.loader import measure_sizes
 from saccade.data.sources import open_splits
+from saccade.data.text.parallel import holds_text
 from saccade.engine.device import choose_device
 from saccade.errors import UserError
 from saccade.models import model_row, task_of
@@ -21,6 +22,7 @@ from saccade.models.detector import DetectorRow
 from saccade.recipes.classify import fine_tune, large, linear_probe, small_from_scratch
 from saccade.recipes.detect import detect, detect_fine_tune
 from saccade.recipes.summary import DataSummary
+from saccade.recipes.translate import resolve_text, translate, translate_fine_tune
 from saccade.weights.load import load_weights
 
 FEWEST_TOKENS = 8  # a side; with fewer there is little to attend to
@@ -34,6 +36,8 @@ RECIPES: dict[str, Callable[[DataSummary], dict[str, Any]]] = {
     "large": large,
     "detect": detect,
     "detect_fine_tune": detect_fine_tune,
+    "translate": translate,
+    "translate_fine_tune": translate_fine_tune,
 }
 # by task: from scratch, from weights, from weights with a frozen backbone
 USUAL = {
@@ -47,6 +51,9 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
     asked = build_config({**changes, "data": changes.get("data", "")})
     if not asked.data:
         raise UserError("no data: give a folder, a table, tar shards or a dataset, as in `saccade train photos/`")
+    if asked.task == "translate" or (asked.task is None and holds_text(Path(asked.data))):
+        config = resolve_text(changes, asked)
+        return config if config.out else config.model_copy(update={"out": str(free_run_folder(asked.data))})
     named = model_row(asked.model) if "model" in changes else None
     start: dict[str, Any] = {}
     row: Row | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 from saccade.backbones.base import Row
 from saccade.config import RunConfig
 from saccade.errors import UserError
-from saccade.models import BACKBONES, DETECTORS, Network, build_network, model_row, read_row
+from saccade.models import BACKBONES, DETECTORS, TRANSLATORS, Network, build_network, model_row, read_row
+from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector, DetectorRow
-from saccade.models.embedder import Embedder
+from saccade.models.translator import Translator, TranslatorRow
+from saccade.tokenizer import Tokenizer
 from saccade.weights.convert import import_weights
 from saccade.weights.model_file import ModelCard, check_weights, find_model, load_model_file, read_metadata
 from saccade.weights.source import open_weights
@@ -78,12 +80,16 @@ def fill(weights: dict[str, Tensor], row: Row, card: ModelCard, where: str) -> N
     return network
 
 
-def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Network, list[str]]:
+def initial_network(
+    config: RunConfig, class_names: tuple[str, ...], tokenizer: Tokenizer | None = None
+) -> tuple[Network, list[str]]:
     """The network a run begins with, and what was changed on the way: from scratch, or from `config.weights`.
 
     What scores classes is made anew for other classes, and what belongs to another resolution is interpolated. A
     detector may begin with a backbone alone, such as a classifier's. All of it is said.
     """
+    if tokenizer is not None:
+        return initial_translator(config, tokenizer)
     size, K = config.preprocessing.image_size, len(class_names)
     if config.weights is None:
         return build_network(model_row(config.model).changed(config.network, size), K), []
@@ -92,7 +98,7 @@ def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Ne
     row = starting_row(config, loaded)
     fill(loaded.weights, loaded.row, card, where)
     network = build_network(row.changed(config.network, size), K)
-    assert not isinstance(network, Embedder)  # there are classes
+    assert isinstance(network, Classifier | Detector)  # there are classes
     notes = [f"weights from {where} ({card.training_data or 'unknown data'}; licence: {card.licence})", *loaded.notes]
     weights, fresh = dict(loaded.weights), network.state_dict()
     if isinstance(network, Detector) and not isinstance(loaded.row, DetectorRow):
@@ -118,6 +124,53 @@ def initial_network(config: RunConfig, class_names: tuple[str, ...]) -> tuple[Ne
     check_weights(weights, network.state_dict(), where)
     network.load_state_dict(weights)
     return network, notes
+
+
+def initial_translator(config: RunConfig, tokenizer: Tokenizer) -> tuple[Translator, list[str]]:
+    """From scratch with the tokenizer's vocabulary, or from weights, which then have that tokenizer."""
+    if config.weights is None:
+        row = model_row(config.model)
+        if not isinstance(row, TranslatorRow):
+            raise UserError(f"--model {config.model}: does not translate; {', '.join(TRANSLATORS)} do")
+        row = replace(
+            row.changed(config.network),
+            vocabulary=tokenizer.size,
+            pad=tokenizer.pad,
+            begin=tokenizer.start,
+            end=tokenizer.end,
+            max_length=max(row.max_length, config.text.max_length),
+        )
+        network, notes = build_network(row, 0), []
+    else:
+        loaded = load_weights(config.weights)
+        row = loaded.row
+        if not isinstance(row, TranslatorRow):
+            raise UserError(f"{loaded.where}: holds a {loaded.card.model}, which does not translate")
+        if config.model != loaded.card.model:
+            raise UserError(
+                f"{loaded.where}: holds a {loaded.card.model}, not a {config.model}; leave --model out, or give that"
+            )
+        check_tokenizer(row, tokenizer, loaded.where)
+        known = loaded.card.training_data or "unknown data"
+        notes = [f"weights from {loaded.where} ({known}; licence: {loaded.card.licence})", *loaded.notes]
+        network = build_network(row.changed(config.network), 0)
+        check_weights(loaded.weights, network.state_dict(), loaded.where)
+        network.load_state_dict(loaded.weights)
+    assert isinstance(network, Translator)
+    return network, notes
+
+
+def check_tokenizer(row: TranslatorRow, tokenizer: Tokenizer, where: str) -> None:
+    """Is it the one whose numbers the weights know?"""
+    if tokenizer.size > row.vocabulary:
+        raise UserError(
+            f"{where}: its tokenizer has {tokenizer.size} tokens, its weights know {row.vocabulary}; they are not of "
+            "one model"
+        )
+    theirs = {"padding": (tokenizer.pad, row.pad), "end": (tokenizer.end, row.end)}
+    wrong = [f"{name} is {a} to the tokenizer and {b} to the weights" for name, (a, b) in theirs.items() if a != b]
+    if wrong:
+        raise UserError(f"{where}: tokenizer and weights are not of one model: {'; '.join(wrong)}")
 
 
 def starting_row(config: RunConfig, loaded: Loaded) -> Row:

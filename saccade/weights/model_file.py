@@ -34,6 +34,7 @@ class ModelCard:
     preprocessing: PreprocessingConfig
     metrics: dict[str, float] = field(default_factory=dict)
     threshold: float | None = None  # from which score on a prediction should be believed
+    tokenizer: str | None = None  # of a model of texts, as `saccade.tokenizer` writes it
     training_data: str = ""
     licence: str = "as the training data allows"
     provenance: str = ""
@@ -60,6 +61,7 @@ class ModelCard:
                 class_names=tuple(str(name) for name in values["class_names"]),
                 preprocessing=PreprocessingConfig.model_validate(values["preprocessing"]),
                 threshold=None if values.get("threshold") is None else float(values["threshold"]),
+                tokenizer=None if values.get("tokenizer") is None else str(values["tokenizer"]),
                 metrics={str(k): float(v) for k, v in values.get("metrics", {}).items()},
                 **{k: str(values.get(k, "")) for k in ("training_data", "licence", "provenance", "library_version")},
             )

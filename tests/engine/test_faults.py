@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import saccade
 from saccade import UserError
 from saccade.config import RunConfig
+from saccade.data.sources import open_splits
 from saccade.engine import train as engine
 from saccade.engine.checkpoint import list_checkpoints
 from saccade.engine.ema import Ema
@@ -127,7 +128,7 @@ def test_fault_changes_nothing(
     assert watched.averaged == [1, 2, 5, 6]
     rows = [json.loads(line) for line in (Path(settings.out) / "faults.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == sorted(spoilt)
-    source = engine.open_splits(Path(settings.data)).train
+    source = open_splits(Path(settings.data)).train
     assert [row["samples"] for row in rows] == [[source.id(i) for i in watched.samples[k]] for k in sorted(spoilt)]
     assert {row["fault"] for row in rows} == {"gradient" if spoil == "gradient" else "loss"}
     told = capsys.readouterr().err

@@ -143,7 +143,7 @@ def test_accumulated_halves_are_one_batch(config: Build) -> None:
     network = {"drop_path": 0.0}
     whole = config(network=network, optimizer={"clip_norm": None})
     halves = config(network=network, optimizer={"clip_norm": None, "accumulate": 2})
-    batch = next(open_session(whole).train_batches(0, 1))
+    batch = next(open_session(whole).data.train_batches(0, 1))
     parts = [
         replace(batch, images=batch.images[part], targets=batch.targets[part], indices=batch.indices[part])
         for part in (slice(0, 4), slice(4, 8))
@@ -155,7 +155,7 @@ def test_accumulated_halves_are_one_batch(config: Build) -> None:
 
 
 def test_gradients_are_clipped(config: Build) -> None:
-    batch = next(open_session(config()).train_batches(0, 1))
+    batch = next(open_session(config()).data.train_batches(0, 1))
     free = gradients(config(optimizer={"clip_norm": None}), [batch])
     clipped = gradients(config(optimizer={"clip_norm": 0.1}), [batch])
 

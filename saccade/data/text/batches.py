@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saccade.data.text.parallel import Pairs
 from saccade.errors import UserError
 
 SHORTEST = 8  # of a bucket, in tokens
 STEP = 1.12  # each bucket reaches so much further than the one before
+MOST = 64  # pairs that are translated at a time
 POOL = 8  # batches of a bucket whose pairs are sorted by their shorter side
+
+
+@dataclass(frozen=True)
+class TextTargets:
+    """Translations as numbers without a start, and, where they are to be compared with, as texts."""
+
+    tokens: Tensor  # int64 (B, T)
+    count: int  # tokens that are no padding
+    indices: tuple[int, ...] = ()
+    sources: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,7 @@ class TextBatch:
     """Numbers of tokens, filled up with `pad` behind each text's end."""
 
     source: Tensor  # int64 (B, S)
-    targets: Tensor  # int64 (B, T), without a start
+    targets: TextTargets
     indices: Tensor  # int64 (B,), positions among the pairs
     unreadable: list[tuple[int, str]] = field(default_factory=list)  # of text there is none
 
@@ -29,8 +42,10 @@ class TextBatch:
         return len(self.source)
 
     def to(self, device: torch.device) -> TextBatch:
-        moved = [each.to(device, non_blocking=True) for each in (self.source, self.targets, self.indices)]
-        return replace(self, source=moved[0], targets=moved[1], indices=moved[2])
+        source, tokens, indices = (
+            each.to(device, non_blocking=True) for each in (self.source, self.targets.tokens, self.indices)
+        )
+        return replace(self, source=source, targets=replace(self.targets, tokens=tokens), indices=indices)
 
 
 class EncodedPairs:
@@ -45,10 +60,11 @@ class EncodedPairs:
         return len(self.lengths)
 
     def batch(self, indices: np.ndarray) -> TextBatch:
-        source, targets = (
+        source, tokens = (
             torch.from_numpy(_padded(numbers, starts, indices, self.pad)) for numbers, starts in self.sides
         )
-        return TextBatch(source, targets, torch.from_numpy(indices))
+        count = int(self.lengths[indices, 1].sum())
+        return TextBatch(source, TextTargets(tokens, count), torch.from_numpy(indices))
 
 
 def _packed(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +142,29 @@ class TrainPlan:
                 number += 1
 
 
-def eval_plan(lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """Every pair once, like lengths together, `size` at a time, in an order that never changes."""
+def eval_plan(lengths: np.ndarray, tokens: int, most: int = MOST) -> list[np.ndarray]:
+    """Every pair once, like lengths together, about `tokens` and at most `most` at a time, in a fixed order."""
     order = np.lexsort((lengths[:, 1], lengths[:, 0]))
-    return [order[first : first + size] for first in range(0, len(order), size)]
+    plan, first = [], 0
+    while first < len(order):
+        reach = np.maximum.accumulate(lengths[order[first : first + most]].max(axis=1))
+        size = max(1, int(np.count_nonzero(reach * np.arange(1, len(reach) + 1) <= tokens)))
+        plan.append(order[first : first + size])
+        first += size
+    return plan
+
+
+def eval_batches(
+    pairs: Pairs, encoded: EncodedPairs, tokens: int, rank: int = 0, world: int = 1
+) -> Generator[TextBatch, None, None]:
+    """`eval_plan` with the texts themselves, which translations are compared with; each process has its share."""
+    for indices in eval_plan(encoded.lengths, tokens):
+        own = indices[rank::world]
+        batch = encoded.batch(own)
+        targets = replace(
+            batch.targets,
+            indices=tuple(own.tolist()),
+            sources=tuple(pairs.sources[i] for i in own),
+            references=tuple(pairs.targets[i] for i in own),
+        )
+        yield replace(batch, targets=targets)

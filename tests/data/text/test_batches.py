@@ -48,7 +48,7 @@ def test_little_padding() -> None:
     encoded = pairs(3000)
     plan = TrainPlan(encoded.lengths, 1024, seed=0)
     batches = [encoded.batch(indices) for indices in plan.epoch(0)]
-    longer = [max(batch.source.shape[1], batch.targets.shape[1]) * len(batch) for batch in batches]
+    longer = [max(batch.source.shape[1], batch.targets.tokens.shape[1]) * len(batch) for batch in batches]
     assert encoded.lengths.max(axis=1).sum() / sum(longer) > 0.9
 
 
@@ -56,16 +56,16 @@ def test_batch_is_filled_up_behind_the_end() -> None:
     encoded = EncodedPairs([[5, 6, 2], [7, 2]], [[8, 2], [9, 9, 9, 2]], pad=0)
     batch = encoded.batch(np.array([1, 0]))
     assert batch.source.tolist() == [[7, 2, 0], [5, 6, 2]]
-    assert batch.targets.tolist() == [[9, 9, 9, 2], [8, 2, 0, 0]]
+    assert batch.targets.tokens.tolist() == [[9, 9, 9, 2], [8, 2, 0, 0]] and batch.targets.count == 6
     assert batch.indices.tolist() == [1, 0] and len(batch) == 2
 
 
 def test_evaluation_sees_each_once_in_one_order() -> None:
     lengths = pairs().lengths
-    plan = eval_plan(lengths, 32)
+    plan = eval_plan(lengths, 500, most=15)
     assert sorted(np.concatenate(plan).tolist()) == list(range(300))
-    assert max(map(len, plan)) == 32
-    assert [p.tolist() for p in plan] == [p.tolist() for p in eval_plan(lengths, 32)]
+    assert max(map(len, plan)) == 15 and all(len(p) * lengths[p].max() <= 500 for p in plan)
+    assert [p.tolist() for p in plan] == [p.tolist() for p in eval_plan(lengths, 500, most=15)]
 
 
 def test_a_text_longer_than_a_batch_is_refused() -> None:

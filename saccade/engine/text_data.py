@@ -1,0 +1,135 @@
+"""Texts and their translations for a run: all of them in memory as numbers, so that a batch costs next to nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saccade.config import RunConfig
+from saccade.data.text.batches import EncodedPairs, TextBatch, TrainPlan, eval_batches
+from saccade.data.text.parallel import Pairs, open_text_splits
+from saccade.engine import distributed
+from saccade.engine.distributed import World
+from saccade.errors import UserError
+from saccade.tasks import Task
+from saccade.tokenizer import Tokenizer, learn_tokenizer, read_tokenizer
+from saccade.weights.load import load_weights
+from saccade.weights.model_file import write_atomically
+
+KEPT = "tokenizer.json"  # in a run's folder
+
+
+class TextData:
+    """See RunData."""
+
+    task = "translate"
+    class_names: tuple[str, ...] = ()
+    samples, counted = "pairs", "tokens"
+
+    def __init__(self, config: RunConfig, world: World, device: torch.device, folder: Path | None):
+        if config.distributed.strategy == "fsdp" and world.size > 1:
+            raise UserError("--distributed.strategy fsdp: translators are not sharded; use ddp")
+        self.config, self.world = config, world
+        text, sources = config.text, config.sources
+        splits = open_text_splits(
+            Path(config.data),
+            val=None if config.val is None else Path(config.val),
+            val_fraction=sources.val_fraction,
+            seed=sources.split_seed,
+            source=text.source,
+            target=text.target,
+        )
+        self.path, self.notes = splits.train.path, list(splits.notes)
+        self.tokenizer: Tokenizer = self._tokenizer(splits.train, folder)
+        self.train, self.train_pairs = self._fitting(splits.train)
+        self.val, self.val_pairs = splits.val, encode(self.tokenizer, splits.val, text.max_length)
+        self.plan = TrainPlan(self.train_pairs.lengths, text.batch_tokens, config.seed, world.size)
+
+    def _tokenizer(self, train: Pairs, folder: Path | None) -> Tokenizer:
+        """That of the run which is continued, or of the weights to start from; else it is learnt."""
+        if folder is not None and (folder / KEPT).exists():
+            return read_tokenizer((folder / KEPT).read_text(encoding="utf-8"), str(folder / KEPT))
+        if self.config.weights is not None:
+            card = load_weights(self.config.weights).card
+            if card.tokenizer is None:
+                raise UserError(f"{self.config.weights}: a {card.model} without a tokenizer; it cannot translate")
+            return read_tokenizer(card.tokenizer, self.config.weights)
+        text = self.config.text
+        learnt = learn_tokenizer([*train.sources, *train.targets], text.vocabulary, text.tokenizer)
+        return read_tokenizer(distributed.from_main(learnt.to_text(), self.world), "tokenizer")
+
+    def _fitting(self, pairs: Pairs) -> tuple[Pairs, EncodedPairs]:
+        """Without pairs that are too long to learn from, which is said."""
+        most = self.config.text.max_length
+        encoded = encode(self.tokenizer, pairs, None)
+        fits = encoded.lengths.max(axis=1) <= most
+        if fits.all():
+            return pairs, encoded
+        out = np.flatnonzero(~fits)
+        shown = ", ".join(pairs.id(int(i)) for i in out[:3]) + (" ..." if len(out) > 3 else "")
+        if len(out) == len(pairs):
+            raise UserError(f"{pairs.path}: every text has more than --text.max-length {most} tokens; allow more")
+        self.notes.append(f"{len(out)} pairs of more than {most} tokens are left out ({shown}; --text.max-length)")
+        kept = pairs.subset(np.flatnonzero(fits))
+        return kept, encode(self.tokenizer, kept, None)
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    @property
+    def about(self) -> str:
+        of, into = self.train.languages
+        tokens = f"{self.tokenizer.size} tokens in the vocabulary"
+        return f"{len(self)} pairs {of}-{into}, {len(self.val)} for validation, {tokens}"
+
+    @property
+    def about_steps(self) -> str:
+        return f"up to {self.config.text.batch_tokens} tokens of either language"
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.plan.per_epoch
+
+    def name(self, i: int) -> str:
+        return self.train.id(i)
+
+    def hash(self) -> str:
+        digest = hashlib.sha256(self.train.digest() + self.val.digest())
+        digest.update(self.tokenizer.to_text().encode())
+        return digest.hexdigest()
+
+    def keep(self, folder: Path) -> None:
+        write_atomically(folder / KEPT, self.tokenizer.to_text().encode())
+
+    def serve(self, task: Task) -> None:
+        """Batches of texts are the same for every task."""
+
+    def train_batches(self, start: int, stop: int | None) -> Generator[TextBatch, None, None]:
+        for indices in self.plan.batches(start, stop):
+            yield self.train_pairs.batch(indices[self.world.rank :: self.world.size])
+
+    def eval_batches(self) -> Generator[TextBatch, None, None]:
+        return eval_batches(self.val, self.val_pairs, self.config.text.batch_tokens, self.world.rank, self.world.size)
+
+    def inputs(self, batch: TextBatch) -> Tensor:
+        return batch.source
+
+    def amount(self, batch: TextBatch) -> int:
+        """Of the translations: what is learnt to be said."""
+        return batch.targets.count
+
+
+def encode(tokenizer: Tokenizer, pairs: Pairs, most: int | None) -> EncodedPairs:
+    """Texts as numbers; with `most`, longer ones are cut and end there."""
+    sources, targets = tokenizer.encode(pairs.sources), tokenizer.encode(pairs.targets, target=True)
+    if most is not None:
+        sources, targets = (
+            [each if len(each) <= most else [*each[: most - 1], tokenizer.end] for each in side]
+            for side in (sources, targets)
+        )
+    return EncodedPairs(sources, targets, tokenizer.pad)

@@ -1,0 +1,135 @@
+"""How good translations are: BLEU and chrF as sacreBLEU computes them, and how sure the model was of the references."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from saccade.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN = 5  # examples of a report
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text, its translation, and what it is compared with."""
+
+    index: int
+    source: str
+    translation: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class TranslationReport:
+    """BLEU (https://arxiv.org/abs/1804.08771) and chrF (https://aclanthology.org/W15-3049) from 0 to 100, of all texts
+    together; loss and perplexity by token of the references."""
+
+    files: ClassVar[tuple[str, ...]] = ("metrics.json", "translations.tsv")
+
+    bleu: float
+    chrf: float
+    bleu_signature: str
+    chrf_signature: str
+    loss: float  # mean negative logarithm of a reference token's probability
+    perplexity: float
+    texts: int
+    tokens: int  # of the references, ends included
+    written: int  # tokens of the translations, ends included
+    seconds: float  # that the translating took
+    decoding: str
+    examples: tuple[Example, ...] = field(default=(), repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.written / self.seconds if self.seconds else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the translations themselves."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "examples"}
+        return {**values, "tokens_per_second": self.tokens_per_second}
+
+    def render(self, console: Console) -> None:
+        say = console.print
+        say(f"BLEU {self.bleu:.2f}   chrF {self.chrf:.2f}   on {self.texts} texts, {self.decoding}")
+        say(f"loss {self.loss:.4f} a token, perplexity {self.perplexity:.3f}")
+        say(f"{self.tokens_per_second:.0f} tokens a second ({self.seconds:.1f} s)")
+        say(f"signatures: BLEU {self.bleu_signature}, chrF {self.chrf_signature}")
+        for example in self.examples[:SHOWN]:
+            console.print(f"\n  {example.source}\n  -> {example.translation}\n  =  {example.reference}", markup=False)
+
+    def save(self, folder: Path) -> None:
+        """`metrics.json`, and every translation beside its reference in `translations.tsv`."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            with open(folder / "translations.tsv", "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+                writer.writerow(("source", "translation", "reference"))
+                writer.writerows((each.source, each.translation, each.reference) for each in self.examples)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
+class TranslationMetric:
+    """Collects translations; the same figures for any batching and any number of processes."""
+
+    def __init__(self, decoding: str):
+        self.decoding = decoding
+        self.examples: dict[int, Example] = {}
+        self.losses: dict[int, float] = {}  # sums over a text's tokens
+        self.tokens = self.written = 0
+        self.seconds = 0.0
+
+    def update(self, examples: list[Example], losses: list[float], tokens: int, written: int, seconds: float) -> None:
+        """`losses`: of each text's reference, summed over its tokens."""
+        for example, loss in zip(examples, losses, strict=True):
+            self.examples[example.index], self.losses[example.index] = example, loss
+        self.tokens += tokens
+        self.written += written
+        self.seconds += seconds
+
+    def state(self) -> dict[str, Any]:
+        """For another process's `merge`."""
+        return {name: value for name, value in self.__dict__.items() if name != "decoding"}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        self.examples.update(state["examples"])
+        self.losses.update(state["losses"])
+        self.tokens += state["tokens"]
+        self.written += state["written"]
+        self.seconds = max(self.seconds, state["seconds"])  # processes work side by side
+
+    def compute(self) -> TranslationReport:
+        from sacrebleu.metrics import BLEU, CHRF
+
+        if not self.examples:
+            raise UserError("no text was translated; there is nothing to measure")
+        ordered = [self.examples[index] for index in sorted(self.examples)]
+        translations, references = [each.translation for each in ordered], [[each.reference for each in ordered]]
+        bleu, chrf = BLEU(), CHRF()
+        bleu_score = bleu.corpus_score(translations, references)
+        chrf_score = chrf.corpus_score(translations, references)
+        loss = math.fsum(self.losses.values()) / self.tokens
+        return TranslationReport(
+            bleu=bleu_score.score,
+            chrf=chrf_score.score,
+            bleu_signature=str(bleu.get_signature()),
+            chrf_signature=str(chrf.get_signature()),
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            texts=len(ordered),
+            tokens=self.tokens,
+            written=self.written,
+            seconds=self.seconds,
+            decoding=self.decoding,
+            examples=tuple(ordered),
+        )

@@ -1,0 +1,110 @@
+"""A text's translation: the loss, the search, and how it is measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saccade.backbones.base import Row
+from saccade.config import RunConfig
+from saccade.data.text.batches import TextTargets
+from saccade.decoding import beam_search, greedy
+from saccade.metrics.translation import Example, TranslationMetric, TranslationReport
+from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
+from saccade.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What evaluation needs of a batch."""
+
+    losses: Float[Tensor, " B"]  # of each reference, summed over its tokens
+    translations: list[list[int]]
+    seconds: float  # that they took
+
+
+class TranslationTask:
+    """What the engine needs to know of translation; it knows nothing of it otherwise."""
+
+    name = "translate"
+    best = "bleu"  # the metric by which the kept model is chosen, higher is better
+    usual_threshold: float | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: Tokenizer, config: RunConfig, row: Row):
+        assert isinstance(row, TranslatorRow)
+        self.tokenizer, self.row = tokenizer, row
+        self.label_smoothing = config.loss.label_smoothing
+        self.decoding = config.decoding
+        self.most = min(config.text.max_length, row.max_length)
+
+    def forward(self, network: nn.Module, source: Int[Tensor, "B S"], targets: TextTargets) -> TranslationOutputs:
+        """The decoder is given the reference up to each place; scores (M, V) of all places that are no padding."""
+        return network(source, self.inputs(targets.tokens), targets.tokens != self.row.pad)
+
+    def inputs(self, tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+        """What the decoder is given: the start, and all but the last token."""
+        return torch.cat((torch.full_like(tokens[:, :1], self.row.begin), tokens[:, :-1]), dim=1)
+
+    def losses(self, outputs: TranslationOutputs, targets: TextTargets) -> dict[str, Tensor]:
+        """Cross-entropy by token, the target smoothed over the vocabulary: https://arxiv.org/abs/1512.00567."""
+        wanted = targets.tokens[targets.tokens != self.row.pad]
+        loss = F.cross_entropy(outputs.logits.float(), wanted, label_smoothing=self.label_smoothing)
+        return {"cross_entropy": loss}
+
+    def answer(self, network: nn.Module, source: Int[Tensor, "B S"], targets: TextTargets) -> Answer:
+        model = bare(network)
+        if not len(source):  # of a process that has no share of a batch
+            return Answer(torch.zeros(0), [], 0.0)
+        tokens = targets.tokens
+        logits = model(source, self.inputs(tokens)).logits.float()
+        each = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+        losses = each.masked_fill(tokens == self.row.pad, 0.0).sum(dim=1)
+        began = time.perf_counter()
+        found = self.translate(model, source)
+        return Answer(losses, found, time.perf_counter() - began)
+
+    def translate(self, model: Translator, source: Int[Tensor, "B S"]) -> list[list[int]]:
+        most = min(self.most, 2 * source.shape[1] + 20)  # a translation that long repeats itself
+        if self.decoding.beams == 1:
+            return greedy(model, source, most)
+        found = beam_search(
+            model, source, most, beams=self.decoding.beams, length_penalty=self.decoding.length_penalty
+        )
+        return [list(hypotheses[0].tokens) for hypotheses in found]
+
+    def metric(self) -> TranslationMetric:
+        beams, penalty = self.decoding.beams, self.decoding.length_penalty
+        return TranslationMetric("greedy" if beams == 1 else f"{beams} beams, length penalty {penalty:g}")
+
+    def update(self, metric: TranslationMetric, answer: Answer, targets: TextTargets) -> None:
+        texts = self.tokenizer.decode(answer.translations)
+        examples = [
+            Example(*each)
+            for each in zip(targets.indices, targets.sources, texts, targets.references, strict=True)
+        ]
+        written = sum(len(tokens) + 1 for tokens in answer.translations)
+        metric.update(examples, answer.losses.double().tolist(), targets.count, written, answer.seconds)
+
+    @staticmethod
+    def scalars(report: TranslationReport) -> dict[str, float]:
+        """The figures of a report that a run's table shows."""
+        return {"loss": report.loss, "perplexity": report.perplexity, "bleu": report.bleu, "chrf": report.chrf}
+
+    @staticmethod
+    def threshold(report: TranslationReport) -> None:
+        """None: the likeliest translation is the answer, however likely."""
+
+
+def bare(network: nn.Module) -> Translator:
+    """The translator inside of what was wrapped for several processes or compiled: search calls its parts."""
+    while not isinstance(network, Translator):
+        inner = getattr(network, "module", None) or getattr(network, "_orig_mod", None)
+        assert isinstance(inner, nn.Module)
+        network = inner
+    return network

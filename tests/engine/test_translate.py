@@ -1,0 +1,178 @@
+"""A run on texts: it learns, is exact when killed and resumed, and keeps what it needs in its model file."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saccade.config import RunConfig, ScheduleConfig, merge
+from saccade.data.text.batches import TextTargets
+from saccade.engine import train as engine
+from saccade.engine.distributed import World
+from saccade.engine.optimizers import lr_share
+from saccade.errors import UserError
+from saccade.models import model_row
+from saccade.models.translator import TranslationOutputs, Translator
+from saccade.recipes import resolve
+from saccade.tasks.translation import TranslationTask
+from saccade.tokenizer import learn_tokenizer
+from saccade.weights.load import load_network
+
+NAMES = {"dog": "Hund", "cat": "Katze", "man": "Mann", "bird": "Vogel"}
+DOES = {"runs": "rennt", "sleeps": "schläft", "sings": "singt", "falls": "fällt"}
+WHERE = {"here": "hier", "there": "dort", "outside": "draußen"}
+SETTINGS: dict[str, Any] = {
+    "model": "transformer_tiny", "device": "cpu", "precision": "float32", "ema": {"decay": None},
+    "text": {"vocabulary": 120, "batch_tokens": 128, "max_length": 24}, "network": {"dropout": 0.0},
+}  # fmt: skip
+
+
+def make_texts(folder: Path) -> Path:
+    """All sentences of a small grammar; every fifth is for validation."""
+    pairs = [
+        (f"A {name} {verb} {place}.", f"{DOES[verb].capitalize()} {WHERE[place]} ein {NAMES[name]}.")
+        for name in NAMES for verb in DOES for place in WHERE
+    ]  # fmt: skip
+    order = np.random.default_rng(0).permutation(len(pairs))
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, chosen in (("train", order[10:]), ("val", order[:10])):
+        for side, language in enumerate(("en", "de")):
+            lines = "".join(f"{pairs[i][side]}\n" for i in chosen)
+            (folder / f"{split}.{language}").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_texts(tmp_path_factory.mktemp("texts"))
+
+
+def config(texts: Path, out: Path, **changes: Any) -> RunConfig:
+    values = {"data": str(texts), "out": str(out), "steps": 6, "evaluations": 1, **SETTINGS}
+    return resolve(merge(values, changes))
+
+
+@pytest.mark.parametrize("model", ["transformer_tiny", "lstm_attention"])
+def test_overfits_what_it_sees(model: str, tmp_path: Path) -> None:
+    """The validation texts are among those that are learnt."""
+    folder = make_texts(tmp_path / "texts")
+    for language in ("en", "de"):
+        lines = (folder / f"train.{language}").read_text().splitlines()[:12]
+        for split in ("train", "val"):
+            (folder / f"{split}.{language}").write_text("\n".join(lines))
+    more = {"lr": 2e-3, "schedule": {"shape": "cosine"}, "loss": {"label_smoothing": 0.0}}
+    settings = config(folder, tmp_path / "run", model=model, steps=45, evaluations=1, **more)
+    result = engine.train(settings, show=False)
+    assert result.metrics["bleu"] > 95 and result.metrics["chrf"] > 95, result.metrics
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(result.metrics["loss"]))
+
+
+def test_task_and_recipe_come_from_the_data(texts: Path, tmp_path: Path) -> None:
+    settings = resolve({"data": str(texts), "out": str(tmp_path)})
+    assert (settings.task, settings.recipe, settings.model) == ("translate", "translate", "transformer_tiny")
+    assert settings.schedule.shape == "inverse_sqrt" and settings.epochs is not None
+    assert resolve({"data": str(texts), "out": "x", "steps": 5}).epochs is None
+    for changes, message in (
+        ({"model": "vit_tiny"}, "does not translate"),
+        ({"train_part": "head"}, "has no head"),
+        ({"network": {"registers": 2}}, "no such setting"),
+        ({"recipe": "linear_probe"}, "none for texts"),
+        ({"text": {"source": "fr"}}, "no text in 'fr'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve({"data": str(texts), "out": str(tmp_path), **changes})
+    with pytest.raises(UserError, match="no pictures"):
+        resolve({"data": str(texts), "task": "classify"})
+
+
+def test_model_file_and_run_folder(texts: Path, tmp_path: Path) -> None:
+    settings = config(texts, tmp_path / "run")
+    engine.train(settings, show=False)
+    network, card = load_network(settings.out)
+    assert isinstance(network, Translator) and card.task == "translate" and card.class_names == ()
+    assert card.tokenizer == (Path(settings.out) / "tokenizer.json").read_text()
+    assert "42 pairs" not in card.training_data and "38 pairs" in card.training_data
+    plan = json.loads((Path(settings.out) / "plan.json").read_text())
+    assert plan["class_names"] == [] and plan["architecture"]["vocabulary"] == network.config.vocabulary
+
+
+def test_fine_tuning_keeps_the_tokenizer(texts: Path, tmp_path: Path) -> None:
+    engine.train(config(texts, tmp_path / "one"), show=False)
+    values = {"data": str(texts), "out": str(tmp_path / "two"), "weights": str(tmp_path / "one"), "steps": 2,
+              "evaluations": 1, "device": "cpu", "precision": "float32"}  # fmt: skip
+    settings = resolve(values)
+    assert settings.recipe == "translate_fine_tune" and settings.model == "transformer_tiny"
+    engine.train(settings, show=False)
+    assert load_network(settings.out)[1].tokenizer == load_network(tmp_path / "one")[1].tokenizer
+
+
+def test_too_long_texts_are_left_out_and_said(texts: Path, tmp_path: Path) -> None:
+    folder = make_texts(tmp_path / "texts")
+    with open(folder / "train.en", "a") as one, open(folder / "train.de", "a") as other:
+        one.write("dog " * 40 + "\n")
+        other.write("Hund\n")
+    session = engine.open_session(config(folder, tmp_path / "run"), World())
+    assert len(session.data) == 38
+    assert any("1 pairs of more than 24 tokens are left out" in note and "train.en:39" in note
+               for note in session.data.notes)  # fmt: skip
+    with pytest.raises(UserError, match="every text has more than --text.max-length 4"):
+        engine.open_session(config(folder, tmp_path / "run", text={"max_length": 4}), World())
+
+
+def test_loss_is_cross_entropy_against_smoothed_targets(texts: Path, tmp_path: Path) -> None:
+    tokenizer = learn_tokenizer(["a b c"], 64)
+    row = model_row("transformer_tiny")
+    task = TranslationTask(tokenizer, config(texts, tmp_path, loss={"label_smoothing": 0.2}), row)
+    tokens = torch.tensor([[5, 6, 2], [7, 2, 0]])
+    assert task.inputs(tokens).tolist() == [[1, 5, 6], [1, 7, 2]]
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    wanted = torch.tensor([5, 6, 2, 7, 2])
+    smooth = torch.full((5, 9), 0.2 / 9)
+    smooth[torch.arange(5), wanted] += 0.8
+    expected = -(smooth * logits.log_softmax(1)).sum(1).mean()
+    losses = task.losses(TranslationOutputs(logits), TextTargets(tokens, 5))
+    assert sum(losses.values()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_inverse_root_schedule() -> None:
+    """https://arxiv.org/abs/1706.03762: up in a line, then with 1 / sqrt(step)."""
+    schedule = ScheduleConfig(shape="inverse_sqrt", warmup=0.1)
+    shares = [lr_share(step, 1000, schedule) for step in range(1000)]
+    assert shares[:100] == pytest.approx([(step + 1) / 101 for step in range(100)])
+    assert max(shares) == shares[100] == 1.0
+    assert shares[403] == pytest.approx(0.5, abs=1e-3) and shares[999] == pytest.approx(math.sqrt(101 / 1000))
+
+
+@pytest.mark.parametrize("flags", [["--model=transformer_tiny"], ["--model=gru_attention", "--ema.decay=none"]])
+def test_killed_and_resumed(flags: list[str], runner: Any, killing: Any, texts: Path, tmp_path: Path) -> None:
+    common = [
+        "--steps=8", "--checkpoint-seconds=0", "--evaluations=3", "--device=cpu", "--precision=float32",
+        "--text.vocabulary=120", "--text.batch-tokens=96", "--network.dropout=0.2",
+    ]  # fmt: skip
+    scratch = tmp_path / "scratch"
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    whole = runner.run(["train", texts, *common, *flags, "--out", reference], scratch=scratch)
+    assert whole.code == 0, whole.output
+    arguments = ["train", texts, *common, *flags, "--out", run]
+    assert runner.run(arguments, scratch=scratch, kill_at="after step 2").code == -signal.SIGKILL
+    ended = runner.run(["train", "--resume", run], scratch=scratch)
+    assert ended.code == 0, ended.output
+    assert "continuing at step 2" in ended.output
+    assert killing.differences(run, reference) == []
+
+
+def test_other_data_is_refused(texts: Path, tmp_path: Path) -> None:
+    folder = make_texts(tmp_path / "texts")
+    settings = config(folder, tmp_path / "run")
+    engine.train(settings, show=False)
+    lines = (folder / "train.de").read_text().splitlines()
+    (folder / "train.de").write_text("\n".join([*lines[:-1], "Etwas anderes."]) + "\n")
+    with pytest.raises(UserError, match="is not the data that"):
+        engine.train(settings, resume=True, show=False)
