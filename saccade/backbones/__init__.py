@@ -14,6 +14,7 @@ from saccade.backbones.levit import LEVIT, LeViT, LeViTConfig
 from saccade.backbones.resnet import RESNET, ResNet, ResNetConfig
 from saccade.backbones.swin import SWIN, Swin, SwinConfig
 from saccade.backbones.vit import VIT, ViT, ViTConfig
+from saccade.backbones.windowed_vit import WindowedViT, WindowedViTConfig
 from saccade.config import NetworkConfig, closest
 from saccade.errors import UserError
 
@@ -27,6 +28,7 @@ FAMILIES: dict[str, tuple[type[Row], Callable[[Any], Backbone]]] = {
     "efficientformer": (EfficientFormerConfig, EfficientFormer),
     "levit": (LeViTConfig, LeViT),
     "resnet": (ResNetConfig, ResNet),
+    "windowed_vit": (WindowedViTConfig, WindowedViT),  # within detectors alone, so it has no rows above
 }
 
 
