@@ -16,17 +16,19 @@ from saccade.models.detector import Detector, DetectorRow
 from saccade.models.detr import DETR, Detr, DETRConfig
 from saccade.models.embedder import Embedder
 from saccade.models.glance import GLANCE, Glance, GlanceConfig
+from saccade.models.lw_detr import LW_DETR, LWDetr, LWDETRConfig
 from saccade.models.recurrent import RECURRENTS, Recurrent, RecurrentRow
 from saccade.models.transformer import TRANSFORMERS, Transformer, TransformerRow
 from saccade.models.translator import Translator, TranslatorRow
 
 Network = Classifier | Embedder | Detector | Translator
 
-DETECTORS: dict[str, DetectorRow] = {**GLANCE, **DETR, **DEFORMABLE_DETR}
+DETECTORS: dict[str, DetectorRow] = {**GLANCE, **DETR, **DEFORMABLE_DETR, **LW_DETR}
 DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detector]]] = {
     "glance": (GlanceConfig, Glance),
     "detr": (DETRConfig, Detr),
     "deformable_detr": (DeformableDETRConfig, DeformableDetr),
+    "lw_detr": (LWDETRConfig, LWDetr),
 }
 
 TRANSLATORS: dict[str, TranslatorRow] = {**TRANSFORMERS, **RECURRENTS}

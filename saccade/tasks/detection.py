@@ -24,6 +24,7 @@ from saccade.metrics.detection_report import DetectionReport
 from saccade.models.detector import BoxTargets, DetectionOutputs, Detector, DetectorRow
 from saccade.predictions import Detections
 from saccade.tasks.glance_loss import GlanceLoss
+from saccade.tasks.lw_detr_loss import LW_DETR
 from saccade.tasks.set_loss import DEFORMABLE_DETR, DETR
 
 # (outputs, targets) -> named, already weighted scalars
@@ -32,6 +33,7 @@ LOSSES: dict[str, Callable[[DetectorRow, RunConfig], Loss]] = {
     "glance": lambda row, config: GlanceLoss(),
     "detr": lambda row, config: DETR,
     "deformable_detr": lambda row, config: DEFORMABLE_DETR,
+    "lw_detr": lambda row, config: LW_DETR,
 }
 
 

@@ -78,13 +78,15 @@ class SetLoss:
     """(outputs, targets) -> named scalars, whose sum is learnt from.
 
     Those of the last layer by their names, those of the layers before it and of a first stage's proposals in one sum
-    each. The proposals are asked for no class, only whether there is something: one class stands for all.
+    each. The proposals are asked for no class, only whether there is something: one class stands for all; but where
+    they are `proposals_of_classes`.
     """
 
     costs: Weights
     weights: Weights
     class_cost: ClassCost
     class_loss: ClassLoss
+    proposals_of_classes: bool = False
 
     def __call__(self, outputs: DetectionOutputs, targets: BoxTargets) -> dict[str, Tensor]:
         count = mean_count(targets)
@@ -93,8 +95,11 @@ class SetLoss:
         if len(outputs.layers) > 1:
             losses["layers"] = torch.stack((terms.label, terms.l1, terms.giou))[:, :-1].sum()
         if outputs.encoder is not None:
-            losses["proposals"] = self.terms((outputs.encoder,), without_classes(targets), count).total
+            losses["proposals"] = self.terms((outputs.encoder,), self.targets_of_proposals(targets), count).total
         return losses
+
+    def targets_of_proposals(self, targets: BoxTargets) -> BoxTargets:
+        return targets if self.proposals_of_classes else without_classes(targets)
 
     def terms(self, layers: Sequence[LayerOutputs], targets: BoxTargets, count: Tensor | None = None) -> Terms:
         """Each part of the loss, of each of these layers, which have the same number of queries."""
@@ -117,9 +122,12 @@ def without_classes(targets: BoxTargets) -> BoxTargets:
     return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
-def mean_count(targets: BoxTargets) -> Tensor:
-    """How many things a process has on the average, at least one: what sums over things are divided by."""
-    count = torch.tensor(float(len(targets.labels)), device=targets.boxes.device)
+def mean_count(targets: BoxTargets, groups: int = 1) -> Tensor:
+    """How many things a process has on the average, at least one: what sums over things are divided by.
+
+    Each group of queries has all of them.
+    """
+    count = torch.tensor(float(groups * len(targets.labels)), device=targets.boxes.device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)
         count = count / dist.get_world_size()

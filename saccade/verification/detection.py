@@ -8,7 +8,7 @@ from torch import Tensor
 from saccade.config import RunConfig
 from saccade.models.detector import BoxTargets, DetectionOutputs, DetectorRow
 from saccade.tasks.detection import LOSSES
-from saccade.tasks.set_loss import SetLoss, Terms, mean_count, without_classes
+from saccade.tasks.set_loss import SetLoss, Terms, mean_count
 from saccade.verification.compare import Judge, Judged, pattern
 from saccade.weights.formats.table import DetectorPeer, ReferenceLoss, part_of
 
@@ -47,7 +47,7 @@ def judge_ours(row: DetectorRow, targets: BoxTargets) -> Judge:
         for i in range(len(outputs.layers)):
             _say(terms, i, f"layer {i + 1}", len(targets.labels), parts, matched)
         if outputs.encoder is not None:
-            terms = loss.terms((outputs.encoder,), without_classes(targets), count)
+            terms = loss.terms((outputs.encoder,), loss.targets_of_proposals(targets), count)
             _say(terms, 0, "proposals", len(targets.labels), parts, matched)
         return _judged(outputs, ReferenceLoss(parts, matched))
 

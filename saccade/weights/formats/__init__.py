@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from saccade.weights.formats import deformable_detr, detr, efficientformer, efficientvit, levit, resnet, swin, vit
+from saccade.weights.formats import (
+    deformable_detr,
+    detr,
+    efficientformer,
+    efficientvit,
+    levit,
+    lw_detr,
+    resnet,
+    swin,
+    vit,
+)
 from saccade.weights.formats.table import Format
 
 FORMATS: tuple[Format, ...] = (
@@ -14,4 +24,5 @@ FORMATS: tuple[Format, ...] = (
     *resnet.FORMATS,
     *detr.FORMATS,
     *deformable_detr.FORMATS,
+    *lw_detr.FORMATS,
 )

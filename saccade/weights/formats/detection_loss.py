@@ -15,11 +15,16 @@ TERMS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}  # ours and
 
 
 def loss_by_layers(
-    criterion: Any, weights: Mapping[str, float], outputs: DetectionOutputs, targets: BoxTargets
+    criterion: Any,
+    weights: Mapping[str, float],
+    outputs: DetectionOutputs,
+    targets: BoxTargets,
+    *,
+    proposals_of_classes: bool = False,
 ) -> ReferenceLoss:
     """What their criterion and its matcher say of every layer; `weights` are of the terms by our names.
 
-    Their class asks a first stage's proposals for one class that stands for all, as ours does.
+    Their class asks a first stage's proposals for one class that stands for all, as ours does, or for the things' own.
     """
     terms: dict[str, Tensor] = {}
     matched: dict[str, Tensor] = {}
@@ -27,8 +32,9 @@ def loss_by_layers(
     for i, layer in enumerate(outputs.layers):
         _judge(criterion, weights, layer, labels, f"layer {i + 1}", terms, matched)
     if outputs.encoder is not None:
-        blind = [{**each, "class_labels": torch.zeros_like(each["class_labels"])} for each in labels]
-        _judge(criterion, weights, outputs.encoder, blind, "proposals", terms, matched)
+        if not proposals_of_classes:
+            labels = [{**each, "class_labels": torch.zeros_like(each["class_labels"])} for each in labels]
+        _judge(criterion, weights, outputs.encoder, labels, "proposals", terms, matched)
     return ReferenceLoss(terms, matched)
 
 
