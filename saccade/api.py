@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.config import DataConfig
+from saccade.data.decode import Picture
 from saccade.data.loader import eval_batches, measure_sizes
 from saccade.data.source import Source
 from saccade.data.sources import fit_to_pictures, open_source
@@ -17,6 +18,9 @@ from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.predict import Model
 from saccade.engine.run_folder import resume_config
 from saccade.errors import UserError
+from saccade.metrics.detection_errors import PictureMistakes
+from saccade.metrics.detection_report import DetectionReport
+from saccade.predictions.mistakes_sheet import Compared, mistakes_sheet
 from saccade.recipes import resolve
 
 
@@ -80,6 +84,31 @@ def evaluate(
     if failed and unreadable is None:
         warnings.warn(f"{len(failed)} pictures could not be read and do not count:\n" + "\n".join(failed), stacklevel=3)
     return report
+
+
+def save_report(report: Any, folder: Path, data: str, *, split: str | None = None) -> tuple[str, ...]:
+    """Write a report; for boxes also a sheet of the pictures with the most mistakes. The names of the files."""
+    report.save(folder)
+    if not isinstance(report, DetectionReport) or not report.worst:
+        return report.files
+    source = open_source(Path(data), split)
+    names = [scores.name for scores in report.classes]
+
+    def compared(one: PictureMistakes) -> Compared:
+        place = source.id(one.index)
+        return Compared(
+            picture=lambda: Picture(source.read(one.index), place, DataConfig().max_pixels).whole(),
+            source=place,
+            boxes=one.boxes,
+            labels=tuple(names[k] for k in one.labels),
+            mistakes=one.kinds,
+            truth_boxes=one.truth_boxes,
+            truth_labels=tuple(names[k] for k in one.truth_labels),
+            missed=one.missed,
+        )
+
+    mistakes_sheet([compared(one) for one in report.worst], folder / "mistakes.png")
+    return *report.files, "mistakes.png"
 
 
 def with_class_names(source: Source, class_names: tuple[str, ...], model: str) -> Source:

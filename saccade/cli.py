@@ -243,7 +243,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run folder or model file")
     parser.add_argument("data", help="data with its truth: a split's folder, or a data set (then its val or --split)")
     parser.add_argument("--split", help="which split of the data set")
-    parser.add_argument("--out", help="folder for the figures as JSON and as charts")
+    parser.add_argument("--out", help="folder for figures and charts; for boxes also the pictures with most mistakes")
     add_common(parser)
 
 
@@ -276,7 +276,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from saccade.api import evaluate
+    from saccade.api import evaluate, save_report
     from saccade.engine.progress import counter
 
     unreadable: list[str] = []
@@ -302,8 +302,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     else:
         report.render(Console(highlight=False))
     if options.out is not None:
-        report.save(Path(options.out))
-        print(f"{', '.join(report.files)} are in {options.out}", file=sys.stderr)
+        files = save_report(report, Path(options.out), options.data, split=options.split)
+        print(f"{', '.join(files)} are in {options.out}", file=sys.stderr)
     return 0
 
 

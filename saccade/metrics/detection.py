@@ -20,6 +20,7 @@ from saccade.metrics.detection_errors import (
     best_threshold,
     split_errors,
     sweep,
+    worst_pictures,
 )
 from saccade.metrics.detection_matching import (
     AREAS,
@@ -34,6 +35,7 @@ from saccade.metrics.detection_matching import (
 )
 from saccade.metrics.detection_report import SWEEP, DetectionReport, DetectionScores
 
+WORST = 12  # pictures that a report names
 AT_75 = int(np.argmin(np.abs(IOU_THRESHOLDS - 0.75)))
 
 
@@ -148,6 +150,7 @@ class DetectionMetric:
             confusions=self._confusions(detections, objects, shown),
             curves=np.stack([precision[:, 0, 0], precision[:, 0].mean(axis=1)], axis=1),
             sweep=sweep(detections.score[counted], right[counted], total, SWEEP),
+            worst=worst_pictures(detections, objects, shown, best.threshold, sorted(self._pictures), WORST),
         )
 
     def _arranged(self) -> tuple[Detections, Objects]:

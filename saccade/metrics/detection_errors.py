@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,24 @@ class ErrorKind:
     ap50: float  # what AP50 would gain, were there no error of this kind
     shown: int  # errors at the best threshold; where there is none, no detection is kept and every object missed
     count: int  # errors among all detections, however unsure
+
+
+@dataclass(frozen=True, eq=False)
+class PictureMistakes:
+    """What is right and wrong in one picture at the best threshold; of n detections and m objects, without crowds."""
+
+    index: int  # the picture's number in the source
+    boxes: np.ndarray  # (n, 4) left, top, right, bottom
+    labels: np.ndarray  # (n,) int
+    scores: np.ndarray  # (n,)
+    kinds: tuple[str, ...]  # (n,) of KINDS; "" for what is right, or found a crowd
+    truth_boxes: np.ndarray  # (m, 4)
+    truth_labels: np.ndarray  # (m,) int
+    missed: np.ndarray  # (m,) bool
+
+    @property
+    def wrong(self) -> int:
+        return sum(kind != "" for kind in self.kinds)
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,40 @@ def split_errors(
     accounted[matching.object[kept & (matching.object >= 0)]] = True
     accounted[target[target >= 0]] = True
     return Split(kind, target, ~accounted & ~objects.crowd)
+
+
+def worst_pictures(
+    detections: Detections,
+    objects: Objects,
+    split: Split,
+    threshold: float | None,
+    numbers: Sequence[int],
+    most: int,
+) -> tuple[PictureMistakes, ...]:
+    """The pictures with the most mistakes, those with any; `numbers` are what pictures 0, 1, ... are called."""
+    mistakes = np.bincount(detections.picture[split.kind >= 0], minlength=len(numbers))
+    mistakes += np.bincount(objects.picture[split.missed], minlength=len(numbers))
+    order = np.argsort(-mistakes, kind="stable")[:most]
+    kept = detections.score >= (np.inf if threshold is None else threshold)
+    names = (*KINDS, "")  # the last one is that of -1
+    worst = []
+    for picture in order[mistakes[order] > 0]:
+        found = np.flatnonzero(kept & (detections.picture == picture))
+        found = found[np.argsort(-detections.score[found], kind="stable")]
+        truth = np.flatnonzero((objects.picture == picture) & ~objects.crowd)
+        worst.append(
+            PictureMistakes(
+                index=int(numbers[picture]),
+                boxes=detections.box[found],
+                labels=detections.label[found],
+                scores=detections.score[found],
+                kinds=tuple(names[kind] for kind in split.kind[found]),
+                truth_boxes=objects.box[truth],
+                truth_labels=objects.label[truth],
+                missed=split.missed[truth],
+            )
+        )
+    return tuple(worst)
 
 
 def _largest(overlaps: Overlaps, which: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

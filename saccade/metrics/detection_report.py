@@ -13,7 +13,7 @@ import numpy as np
 from saccade.drawing import BLUE, FAINT, GREEN, INK, ORANGE, chart_style, save_figure, shorten
 from saccade.errors import UserError
 from saccade.metrics.classification import percent
-from saccade.metrics.detection_errors import KINDS, ClassConfusion, ErrorKind
+from saccade.metrics.detection_errors import KINDS, ClassConfusion, ErrorKind, PictureMistakes
 from saccade.metrics.detection_matching import RECALLS
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class DetectionReport:
     confusions: tuple[ClassConfusion, ...]
     curves: np.ndarray  # (K, 2, 101) precision at each recall, at IoU 0.5 and the mean over all; NaN without an object
     sweep: np.ndarray  # (3, 101) precision, recall and F1 at thresholds from 0 to 1; NaN where nothing is left
+    worst: tuple[PictureMistakes, ...]  # the pictures with the most mistakes, to look at
 
     def scalars(self) -> dict[str, float]:
         """The figures that a run's table shows, all of them always: 0 for what is not known, 0.5 for a threshold."""

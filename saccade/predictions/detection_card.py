@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,24 +80,32 @@ def draw_boxes(image: Image.Image, found: Detections, scale: np.ndarray, colours
     boxes = found.boxes.reshape(-1, 4) * np.tile(scale, 2)
     line = 2 if len(boxes) > MANY else 3
     for i in reversed(range(len(boxes))):
-        _outline(draw, boxes[i], colours[int(found.classes[i])], line, image.size)
-    placed: list[np.ndarray] = []
-    for i, box in enumerate(boxes):
-        font = typeface(found.labels[i], LABEL, bold=True)
-        text = cut(f"{shorten(found.labels[i], 28)} {100 * found.scores[i]:.0f}", font, image.width - 8)
-        size = np.array([math.ceil(font.getlength(text)) + 8, LABEL + 6])
-        others = np.delete(boxes, i, axis=0)
-        place = _place(box, size, np.array(image.size), placed, others)
+        outline(draw, boxes[i], colours[int(found.classes[i])], line, image.size)
+    texts = [
+        f"{shorten(label, 28)} {100 * score:.0f}" for label, score in zip(found.labels, found.scores, strict=True)
+    ]
+    write_labels(image, boxes, texts, [colours[int(k)] for k in found.classes])
+
+
+def write_labels(
+    image: Image.Image, boxes: np.ndarray, texts: Sequence[str], colours: Sequence[str], pixels: int = LABEL
+) -> None:
+    """A text at each of the boxes, the first ones first, as far as there is room; "" is none."""
+    draw, placed = ImageDraw.Draw(image), []
+    for i, (box, text, colour) in enumerate(zip(boxes, texts, colours, strict=True)):
+        font = typeface(text, pixels, bold=True)
+        text = cut(text, font, image.width - 8)
+        size = np.array([math.ceil(font.getlength(text)) + 8, pixels + 6])
+        place = _place(box, size, np.array(image.size), placed, np.delete(boxes, i, axis=0)) if text else None
         if place is None:
             continue
         placed.append(place)
-        colour = colours[int(found.classes[i])]
         left, top, right, bottom = place.tolist()
         draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
         draw.text((left + 4, bottom - 5), text, font=font, fill=_on(colour), anchor="ls")
 
 
-def _outline(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: str, line: int, size: tuple[int, int]) -> None:
+def outline(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: str, line: int, size: tuple[int, int]) -> None:
     """A coloured line with a white rim, so that it is seen on any ground; never a box too thin to be seen."""
     left, top = (int(np.clip(round(edge), 0, most - 1)) for edge, most in zip(box[:2], size, strict=True))
     right, bottom = (int(np.clip(round(edge) - 1, 0, most - 1)) for edge, most in zip(box[2:], size, strict=True))
@@ -228,7 +237,7 @@ def draw_part(found: Detections, picture: Image.Image, i: int, colour: str, side
     seen = Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR, inside)
     part = overlay(part, np.asarray(seen))
     box = (found.boxes[i] - [left, top, left, top]) * scale
-    _outline(ImageDraw.Draw(part), box, colour, 2, part.size)
+    outline(ImageDraw.Draw(part), box, colour, 2, part.size)
     return part
 
 

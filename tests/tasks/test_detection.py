@@ -23,7 +23,7 @@ from saccade.data.loader import eval_batches, measure_sizes, train_batches
 from saccade.data.sample import Sample
 from saccade.data.source import Boxes, BoxSource
 from saccade.engine.distributed import World
-from saccade.engine.evaluate import Normalise, evaluate_batches
+from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.predict import Model
 from saccade.errors import UserError
 from saccade.layers.boxes import to_centres
@@ -168,9 +168,9 @@ def test_the_truth_has_a_precision_of_one(source, task, batch_size):
 def test_found_again_through_the_engine(source, loss):
     """From files to tensors to boxes in the files' pixels: a rectangle is off by less than a pixel of the tensor."""
     task, network = TASKS[loss], ByColour(loss)
-    normalise = Normalise(PREPROCESSING, torch.device("cpu"))
+    inputs = PictureInputs(Normalise(PREPROCESSING, torch.device("cpu")))
     report = evaluate_batches(
-        network, batches(source, task), task, normalise, torch.device("cpu"), torch.float32, World()
+        network, batches(source, task), task, inputs, torch.device("cpu"), torch.float32, World()
     )
     assert report.ap50 == report.ap75 == 1.0 and report.ap > 0.9 and report.f1 == 1.0
 
