@@ -29,7 +29,7 @@ from saccade.backbones import build_backbone
 from saccade.backbones.base import Row
 from saccade.backbones.resnet import RESNET, ResNetConfig
 from saccade.layers.attention import MultiHeadAttention
-from saccade.layers.boxes import to_centres
+from saccade.layers.boxes import pairwise_iou, to_centres, to_corners
 from saccade.layers.convolution import ConvNorm
 from saccade.layers.deformable import DeformableAttention
 from saccade.layers.encoder import EncoderBlock
@@ -40,6 +40,7 @@ from saccade.models.detector import BoxTargets, DetectionOutputs, Detector, Dete
 
 LEVELS = 3  # the last maps of the backbone
 PRIOR = 0.01  # probability of any class at first
+RIVAL_POWERS = (1, 2, 4, 8)
 START = 2.0  # a place's box at first reaches so many strides to each side
 
 
@@ -90,7 +91,7 @@ GLANCE = {
 
 @dataclass(frozen=True)
 class Dense:
-    """What every place (N of them, of all maps) says, and where it is: all boxes and points are shares of the picture."""
+    """What every place (N of them, of all maps) says, and where it is; boxes and points are shares of the picture."""
 
     boxes: Float[Tensor, "B N 4"]  # left, top, right, bottom
     one: Float[Tensor, "B N K"]  # the score that chooses queries: one place an object
@@ -232,6 +233,7 @@ class Glance(Detector):
         self.dense = DenseHead(c, num_classes)
         self.content = nn.Sequential(nn.Linear(c.dim, c.dim), nn.LayerNorm(c.dim))
         self.place = nn.Sequential(nn.Linear(4, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
+        self.rivals = nn.ModuleList(nn.Linear(len(RIVAL_POWERS), c.dim) for _ in range(c.decoder_layers))
         self.blocks = nn.ModuleList(DecoderBlock(c) for _ in range(c.decoder_layers))
         self.scores = nn.ModuleList(nn.Linear(c.dim, num_classes) for _ in range(c.decoder_layers))
         self.refine = nn.ModuleList(_refinement(c.dim) for _ in range(c.decoder_layers))
@@ -249,15 +251,16 @@ class Glance(Detector):
 
     def forward(self, images: Float[Tensor, "B 3 H W"], targets: BoxTargets | None = None) -> GlanceOutputs:
         dense, memory, shapes = self._look(images)
-        x, boxes = self._choose(memory, dense)
+        x, boxes, logits = self._choose(memory, dense)
         if targets is None or not self.training or not self.config.denoising:
-            layers = self._decode(x, boxes, memory, shapes)
+            layers = self._decode(x, boxes, logits, memory, shapes)
             return GlanceOutputs(layers, dense=dense if self.training else None)
         noise = disturb(targets, len(images), self.config.denoising, self.num_classes)
         R = noise.boxes.shape[1]
         x = torch.cat((self.disturbed(noise.labels).to(x.dtype), x), dim=1)
         boxes = torch.cat((noise.boxes, boxes), dim=1)
-        both = self._decode(x, boxes, memory, shapes, noise.keep(x.shape[1]))
+        logits = F.pad(logits, (0, 0, R, 0))
+        both = self._decode(x, boxes, logits, memory, shapes, noise.keep(x.shape[1]), first=R)
         layers = tuple(LayerOutputs(layer.logits[:, R:], layer.boxes[:, R:]) for layer in both)
         noisy = tuple(LayerOutputs(layer.logits[:, :R], layer.boxes[:, :R]) for layer in both)
         denoising = Denoising(noisy, noise.picture, noise.place, noise.target, noise.right)
@@ -266,9 +269,9 @@ class Glance(Detector):
     def with_maps(self, images: Float[Tensor, "B 3 H W"]) -> tuple[GlanceOutputs, Float[Tensor, "B Q h w"]]:
         """The maps are of the points at which the last layer looked, on the grid of the finest map."""
         dense, memory, shapes = self._look(images)
-        x, boxes = self._choose(memory, dense)
+        x, boxes, logits = self._choose(memory, dense)
         points: list[tuple[Tensor, Tensor]] = []
-        layers = self._decode(x, boxes, memory, shapes, points=points)
+        layers = self._decode(x, boxes, logits, memory, shapes, points=points)
         locations, weights = points[-1]  # (B, Q, H, P, 2), (B, Q, H, P)
         return GlanceOutputs(layers), splat(locations.flatten(2, 3), weights.flatten(2), shapes[0])
 
@@ -278,31 +281,55 @@ class Glance(Detector):
         memory = torch.cat([_tokens(each) for each in maps], dim=1)
         return self.dense(maps), memory, [(each.shape[2], each.shape[3]) for each in maps]
 
-    def _choose(self, memory: Tensor, dense: Dense) -> tuple[Tensor, Tensor]:
-        """The places with the best scores: what they hold, and their boxes by centre and size."""
+    def _choose(self, memory: Tensor, dense: Dense) -> tuple[Tensor, Tensor, Tensor]:
+        """The places with the best scores: what they hold, their boxes by centre and size, and their scores."""
         count = min(self.config.queries, memory.shape[1])
-        best = dense.one.detach().amax(dim=-1).topk(count, dim=1).indices[..., None]  # (B, Q, 1)
+        scores = dense.one.detach()
+        best = scores.amax(dim=-1).topk(count, dim=1).indices[..., None]  # (B, Q, 1)
         x = self.content(memory.gather(1, best.expand(-1, -1, memory.shape[2])))
         boxes = dense.boxes.detach().gather(1, best.expand(-1, -1, 4))
-        return x, to_centres(boxes)
+        return x, to_centres(boxes), scores.gather(1, best.expand(-1, -1, scores.shape[2]))
 
     def _decode(
         self,
         x: Tensor,
         boxes: Tensor,
+        logits: Float[Tensor, "B Q K"],
         memory: Tensor,
         shapes: Sequence[tuple[int, int]],
         keep: Tensor | None = None,
+        first: int = 0,
         points: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[LayerOutputs, ...]:
-        """What each layer says of the queries. Where each looked, and how much, is added to `points`."""
-        found = []
-        for block, score, refine in zip(self.blocks, self.scores, self.refine, strict=True):
+        """What each layer says of the queries, of which those before the `first` are disturbed truths.
+
+        Where each looked, and how much, is added to `points`.
+        """
+        found, R = [], first
+        for rival, block, score, refine in zip(self.rivals, self.blocks, self.scores, self.refine, strict=True):
             boxes = boxes.detach()
+            hint = F.pad(rivalry(boxes[:, R:], logits[:, R:].detach().float()), (0, 0, R, 0))
+            x = x + rival(hint.to(x.dtype))
             x = self.backbone.run(block, x, self.place(boxes.to(x.dtype)), boxes, memory, shapes, keep, points)
-            boxes = refined(boxes, refine(x).float())
-            found.append(LayerOutputs(score(x), boxes))
+            boxes, logits = refined(boxes, refine(x).float()), score(x)
+            found.append(LayerOutputs(logits, boxes))
         return tuple(found)
+
+
+def rivalry(boxes: Float[Tensor, "B Q 4"], logits: Float[Tensor, "B Q K"]) -> Float[Tensor, "B Q R"]:
+    """How much each query's box overlaps that of a surer one of its class: powers of the largest overlap.
+
+    Of queries that see the same thing only one may say so, and all look alike to themselves. Which of them is to speak
+    need not be found out by attention alone, then; what is made of the hint is learnt: https://arxiv.org/abs/1705.02950.
+    """
+    scores, labels = logits.max(dim=-1)  # (B, Q)
+    order = torch.arange(scores.shape[1], device=scores.device)
+    ties = (scores[:, None] == scores[:, :, None]) & (order < order[:, None])
+    surer = (scores[:, None] > scores[:, :, None]) | ties  # (B, Q, Q): the second than the first
+    same = labels[:, None] == labels[:, :, None]
+    corners = to_corners(boxes)
+    overlap = (pairwise_iou(corners, corners) * (surer & same)).amax(dim=2)
+    return torch.stack([overlap**power for power in RIVAL_POWERS], dim=-1)
 
 
 def refined(boxes: Float[Tensor, "B Q 4"], change: Float[Tensor, "B Q 4"]) -> Float[Tensor, "B Q 4"]:
