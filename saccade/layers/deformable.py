@@ -42,6 +42,7 @@ def deformable_sampling(
     weights: Float[Tensor, "B Q H K"],
 ) -> Float[Tensor, "B Q C"]:
     """Weighted sums of values at `locations` (x, y), which go from 0 to 1 across the image. C is H D."""
+    check(values, shapes, points, weights)
     size = sizes(shapes, points, locations)
     places = torch.addcmul(size.new_tensor(MARGIN - 0.5), locations.movedim(-1, 2), size[:, None])
     return sample(values, shapes, points, places, weights)
@@ -55,17 +56,21 @@ def sample(
     weights: Float[Tensor, "B Q H K"],
 ) -> Float[Tensor, "B Q C"]:
     """The same at places (x, y) in cells of their level, the middle of whose first cell is at (MARGIN, MARGIN)."""
-    N, K = values.shape[1], weights.shape[-1]
-    if sum(h * w for h, w in shapes) != N:
-        raise ValueError(f"{N} tokens are not those of levels of {', '.join(f'{h} x {w}' for h, w in shapes)}")
-    if len(points) != len(shapes) or sum(points) != K or places.shape[-1] != K:
-        raise ValueError(f"{K} weights, {places.shape[-1]} places: not the {tuple(points)} points of {len(shapes)} levels")
+    check(values, shapes, points, weights)
     shapes, points = tuple((int(h), int(w)) for h, w in shapes), tuple(points)
     dtype = torch.promote_types(values.dtype, torch.float32)
     wide, places, weights = values.to(dtype), places.to(dtype), weights.to(dtype)
     if values.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return sample_by_grid(wide, shapes, points, places, weights).to(values.dtype)
     return SampleByBags.apply(wide, shapes, points, places, weights).to(values.dtype)  # type: ignore[union-attr]
+
+
+def check(values: Tensor, shapes: Shapes, points: Sequence[int], weights: Tensor) -> None:
+    N, K = values.shape[1], weights.shape[-1]
+    if sum(h * w for h, w in shapes) != N:
+        raise ValueError(f"{N} tokens are not those of levels of {', '.join(f'{h} x {w}' for h, w in shapes)}")
+    if len(points) != len(shapes) or sum(points) != K:
+        raise ValueError(f"points {tuple(points)} of {len(shapes)} levels do not fit the {K} weights of a head")
 
 
 def sizes(shapes: Shapes, points: Sequence[int], like: Tensor) -> Float[Tensor, "2 K"]:
@@ -89,9 +94,9 @@ def sample_by_grid(values: Tensor, shapes: Shapes, points: Sequence[int], places
 
 @dataclass(frozen=True)
 class Sheet:
-    """All levels on one sheet of cells, with zeros between them for the margins: the same shift leads to the cell below.
+    """All levels on one sheet of cells, where the same shift leads from any cell to the one below.
 
-    Rows of the sheet follow each other, so that the margin at their end is also the one before the next row.
+    Between them are zeros for the margins. The margin at the end of a row may be the one before the next row.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -141,10 +146,10 @@ def sheet_of(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...]) -> Sh
     stride = max(w for _, w in shapes) + MARGIN
     corners, of_points = [], []
     row = end = MARGIN
-    column = 0
+    column = MARGIN
     for (h, w), count in zip(shapes, points, strict=True):
-        if column + w + MARGIN > stride:
-            row, column = end, 0
+        if column + w > stride:
+            row, column = end, MARGIN
         corners.append((row, column))
         of_points += count * [((row - MARGIN) * stride + column - MARGIN, w + MARGIN, h + MARGIN)]
         end, column = max(end, row + h + MARGIN), column + w + MARGIN
@@ -156,11 +161,12 @@ def sheet_of(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...]) -> Sh
 class Block:
     """Points of some heads of some images, each of which has a sheet of its own; together R of them."""
 
-    def __init__(self, sheet: Sheet, sheets: Tensor, places: Tensor, weights: Tensor):
+    def __init__(self, sheet: Sheet, values: Tensor, places: Tensor, weights: Tensor):
         B, Q, H, K = weights.shape
         self.shape = (B, H, Q, K)
         self.sheet = sheet
-        self.cells = sheets.flatten(0, 2)  # (R cells, D)
+        # laid anew for each block and pass, because sheets are read here and there, which is fast only in the cache
+        self.cells = sheet.lay(values).flatten(0, 2)  # (R cells, D)
         place = places.permute(2, 0, 3, 1, 4).contiguous().view(2, B * H, Q, K)
         corner = place.to(torch.int32)  # bounded as whole numbers, so that a NaN finds a cell too
         torch.clamp(corner, torch.zeros_like(sheet.last), sheet.last, out=corner)
@@ -214,7 +220,8 @@ class Block:
         if len(index) < SPARSE * len(self.cells):
             index = torch.cat([index + shift for shift in shifts])
             shares, queries, shifts = [torch.cat(shares)], queries.repeat(4), (0,)
-        order = torch.sort(index.short() if len(self.cells) <= CELLS_AT_ONCE else index, stable=True).indices  # by radix
+        narrow = index.short() if len(self.cells) <= CELLS_AT_ONCE else index
+        order = torch.sort(narrow, stable=True).indices  # only the stable sort goes by digits
         counts = torch.bincount(index, minlength=len(self.cells))
         starts = F.pad((counts.cumsum(0) - counts).int(), (shifts[-1], 0))
         queries = queries.index_select(0, order)
@@ -252,27 +259,27 @@ class SampleByBags(torch.autograd.Function):
         weights: Tensor,
     ) -> Tensor:
         ctx.sheet = sheet = sheet_of(shapes, points)
-        sheets = sheet.lay(values)
-        ctx.save_for_backward(sheets, places, weights)
+        ctx.save_for_backward(values, places, weights)
         out = values.new_empty(*weights.shape[:3], values.shape[-1])  # (B, Q, H, D)
         for b, h in blocks(weights, sheet.cells):
-            block = Block(sheet, sheets[b, h], places[b, :, :, h], weights[b, :, h])
+            block = Block(sheet, values[b, :, h], places[b, :, :, h], weights[b, :, h])
             out[b, :, h].transpose(1, 2).copy_(block.sample())
         return out.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sheets, places, weights = ctx.saved_tensors
+        values, places, weights = ctx.saved_tensors
+        B, _, H, D = values.shape
         sheet: Sheet = ctx.sheet
         wants_values, _, _, *wants_points = ctx.needs_input_grad
-        upstream = gradients[0].unflatten(-1, (sheets.shape[1], -1))  # (B, Q, H, D)
-        of_sheets = torch.empty_like(sheets) if wants_values else None
+        upstream = gradients[0].unflatten(-1, (H, D))  # (B, Q, H, D)
+        of_sheets = values.new_empty(B, H, sheet.cells, D) if wants_values else None
         of_places, of_weights = (
             torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (places, weights)
         )
         for b, h in blocks(weights, sheet.cells):
-            block = Block(sheet, sheets[b, h], places[b, :, :, h], weights[b, :, h])
+            block = Block(sheet, values[b, :, h], places[b, :, :, h], weights[b, :, h])
             grad = upstream[b, :, h].transpose(1, 2).flatten(0, 2).contiguous()
             if any(wants_points):
                 block.gradients_of_points(grad, of_places[b, :, :, h], of_weights[b, :, h])
