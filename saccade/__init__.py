@@ -61,7 +61,13 @@ def load(source: str, *, device: str = "auto", precision: str = "auto") -> Model
 
 
 def evaluate(
-    model: str, data: str, *, split: str | None = None, device: str = "auto", batch_size: int = 64, workers: int = 0
+    model: str,
+    data: str,
+    *,
+    split: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int = 0,
 ) -> Any:
     """What a model (run folder or file) is worth on data with its truth.
 

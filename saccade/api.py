@@ -40,7 +40,7 @@ def evaluate(
     *,
     split: str | None = None,
     device: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     unreadable: list[str] | None = None,
@@ -74,7 +74,7 @@ def evaluate(
         task.eval_collate,
         preprocessing=loaded.preprocessing,
         data=config,
-        batch_size=batch_size,
+        batch_size=loaded.usual_batch_size if batch_size is None else batch_size,
         workers=workers,
     )
     inputs = PictureInputs(Normalise(loaded.preprocessing, loaded.device))

@@ -247,9 +247,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures at a time (default 64)")
+    usual = "64, fewer of large ones" if batch_size is None else batch_size
+    parser.add_argument(
+        "--batch-size", type=positive, default=batch_size, metavar="N", help=f"pictures at a time (default {usual})"
+    )
     parser.add_argument("--workers", type=natural, default=0, metavar="N", help="processes that read (default 0)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
@@ -312,12 +315,15 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="PICTURE", help="pictures and folders of pictures")
     parser.add_argument("--save", metavar="DIR", help="save a picture of each prediction, and of why, here")
     parser.add_argument(
-        "--threshold", type=share, metavar="T", help="least score of a detection (default: what the model file says)"
+        "--threshold",
+        type=share,
+        metavar="T",
+        help="least score of a detection (default: what the model file says; with --coco 0)",
     )
     parser.add_argument(
         "--coco",
         metavar="FILE",
-        help="print all detections as COCO results (JSON), by the ids of this annotation file; --threshold leaves out",
+        help="print all detections as COCO results (JSON), by the ids of this annotation file",
     )
     add_common(parser)
 
@@ -349,6 +355,8 @@ def run_predict(options: argparse.Namespace) -> int:
     from saccade.predictions import CocoIds
 
     model = Model.load(options.model, device=options.device)
+    if options.coco is not None and model.task.usual_threshold is None:
+        raise UserError(f"--coco {options.coco}: is for detections, and {options.model} gives classes")
     ids = None if options.coco is None else CocoIds.read(options.coco, model.class_names)
     saved: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -357,6 +365,7 @@ def run_predict(options: argparse.Namespace) -> int:
             options.inputs,
             batch_size=options.batch_size,
             attention=options.save is not None,
+            # what compares results with the truth wants the unsure ones, too
             threshold=0.0 if ids is not None and options.threshold is None else options.threshold,
             failed=failed,
             progress=progress,
@@ -394,7 +403,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=["float32", "bfloat16", "auto"], default="float32", help="default float32"
     )
-    add_common(parser)
+    add_common(parser, batch_size=64)
 
 
 def run_embed(options: argparse.Namespace) -> int:

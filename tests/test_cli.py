@@ -295,7 +295,7 @@ def test_predict_refuses_what_is_for_detections(run: Callable[..., Any], trained
     assert code == 2 and "leave the threshold out" in err
     (file := Path("ids.json")).write_text('{"images": [], "categories": [{"id": 1, "name": "red"}]}')
     code, _, err = run("predict", trained, pictures / "val" / "red", "--coco", file)
-    assert code == 2 and "threshold" not in err and "--coco: is for detections" in err
+    assert code == 2 and "threshold" not in err and "is for detections" in err
 
 
 def test_predict_prints_a_line_each(run: Callable[..., Any], trained: Path, pictures: Path) -> None:

@@ -168,6 +168,13 @@ def test_thresholds_that_are_none(trained: Path, run: Callable[..., Any], text: 
     assert code == 2 and f"'{text}' is not a number from 0 to 1" in err
 
 
+def test_large_pictures_are_taken_a_few_at_a_time(trained: Path) -> None:
+    model = saccade.load(str(trained), device="cpu")
+    assert model.usual_batch_size == 64
+    preprocessing = model.preprocessing.model_copy(update={"image_size": 928})
+    assert replace(model, card=replace(model.card, preprocessing=preprocessing)).usual_batch_size == 3
+
+
 def test_from_python(trained: Path, boxes: Path) -> None:
     model = saccade.load(str(trained), device="cpu")
     found = model.predict(boxes / "images" / "val1.png", threshold=0, attention=True)[0]

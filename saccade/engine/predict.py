@@ -30,6 +30,7 @@ from saccade.weights.model_file import ModelCard
 PictureInput = str | Path | Image.Image | np.ndarray | Tensor
 RNG = np.random.default_rng(0)  # no transform of evaluation draws from it
 READ_AHEAD = 8  # batches that are sorted by shape at a time
+MOST_PICTURES, MOST_PIXELS = 64, 64 * 224 * 224  # of a batch whose size is not given
 
 
 def _alone(_: int) -> tuple[Picture, Any]:
@@ -64,6 +65,11 @@ class Model:
     def preprocessing(self) -> PreprocessingConfig:
         return self.card.preprocessing
 
+    @property
+    def usual_batch_size(self) -> int:
+        """As many pictures as fit into about the same memory, whatever their size. It changes no result."""
+        return max(1, min(MOST_PICTURES, MOST_PIXELS // self.preprocessing.image_size**2))
+
     @cached_property
     def task(self) -> PictureTask:
         config = RunConfig(data="", preprocessing=self.preprocessing)
@@ -73,7 +79,7 @@ class Model:
         self,
         inputs: PictureInput | Iterable[PictureInput],
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         attention: bool = False,
         threshold: float | None = None,
     ) -> list[Any]:
@@ -96,7 +102,7 @@ class Model:
         self,
         inputs: PictureInput | Iterable[PictureInput],
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         attention: bool = False,
         threshold: float | None = None,
         failed: list[str],
@@ -110,6 +116,7 @@ class Model:
         own = self.task.usual_threshold if self.card.threshold is None else self.card.threshold
         least = own if threshold is None else threshold
         places = list_inputs(inputs)
+        batch_size = self.usual_batch_size if batch_size is None else batch_size
         for start in range(0, len(places), batch_size * READ_AHEAD):
             part = places[start : start + batch_size * READ_AHEAD]
             opened: list[Picture] = []

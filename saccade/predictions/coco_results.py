@@ -46,8 +46,6 @@ class CocoIds:
 
     def rows(self, found: Detections) -> list[dict[str, Any]]:
         """Of one picture, for a results file; without those of classes that the annotation file does not have."""
-        if not isinstance(found, Detections):
-            raise UserError("--coco: is for detections, and this model gives classes")
         name = Path(found.source).name
         if name not in self.pictures:
             raise UserError(f"{self.where}: names no picture {name}{closest(name, list(self.pictures), 1)}")
