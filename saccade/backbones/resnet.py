@@ -142,7 +142,7 @@ class ResNet(Backbone):
                 nn.init.zeros_(norm.weight)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Features:
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        x = self.stem(images)  # in any order: its weights' is taken, and no copy is kept for the backward pass
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         maps: list[Tensor] = []
         for stage in self.stages:

@@ -269,7 +269,8 @@ class SwinBlock(nn.Module):
         if x.device.type != "cpu":
             return layout.kinds()
         widest = layout.length * self.mlp.up.out_features * x.element_size()
-        size = max(1, CACHE // widest)
+        # each piece reads all weights and has a gradient of them: no less than twice their size goes through at once
+        size = max(1, max(CACHE, 2 * self.mlp.up.weight.numel() * x.element_size()) // widest)
         size = -(-layout.windows // -(-layout.windows // size))  # pieces of about one size
         return [(start, min(start + size, layout.windows)) for start in range(0, layout.windows, size)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,11 +23,35 @@ class PatchEmbed(nn.Module):
             nn.init.zeros_(self.projection.bias)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        B, C, H, W = images.shape
-        p = self.stride
-        patches = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, h, w, C p p)
-        tokens = F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
-        return tokens.permute(0, 3, 1, 2)
+        weight, bias = self.projection.weight.flatten(1), self.projection.bias
+        learns = torch.is_grad_enabled() and weight.requires_grad and not images.requires_grad
+        kind = images.device.type
+        plain = kind in ("cpu", "cuda") and images.dtype == weight.dtype and not torch.is_autocast_enabled(kind)
+        if learns and plain and not torch.compiler.is_compiling():
+            return _Project.apply(images, weight, bias, self.stride).permute(0, 3, 1, 2)  # type: ignore[union-attr]
+        return F.linear(_cut(images, self.stride), weight, bias).permute(0, 3, 1, 2)
+
+
+def _cut(images: Float[Tensor, "B C H W"], p: int) -> Float[Tensor, "B h w Cpp"]:
+    B, C, H, W = images.shape
+    return images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+class _Project(torch.autograd.Function):
+    """Patches are cut out once more for the backward pass, which costs less than keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, p: int) -> Tensor:
+        ctx.save_for_backward(images)
+        ctx.patch_size = p
+        return F.linear(_cut(images, p), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (images,) = ctx.saved_tensors
+        upstream = gradients[0].flatten(0, 2)
+        of_bias = upstream.sum(dim=0) if ctx.needs_input_grad[2] else None
+        return None, upstream.T @ _cut(images, ctx.patch_size).flatten(0, 2), of_bias, None
 
 
 class ConvStem(nn.Module):

@@ -26,21 +26,23 @@ def test_patches_without_bias():
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 14, 16])
 @pytest.mark.parametrize("grid", [(3, 3), (2, 5)], ids=str)
-def test_patches_are_the_strided_convolution(patch_size, grid):
+@pytest.mark.parametrize("of_images", [True, False])
+def test_patches_are_the_strided_convolution(patch_size, grid, of_images):
     """Measured: 3.8e-6, with 768 products in a sum; gradients, of the largest: 2.0e-7."""
     torch.manual_seed(0)
     module = PatchEmbed(patch_size, 12)
     weight, bias = module.projection.weight, module.projection.bias
     assert bias is not None
     torch.nn.init.normal_(bias)
-    images = torch.randn(2, 3, grid[0] * patch_size, grid[1] * patch_size, requires_grad=True)
+    images = torch.randn(2, 3, grid[0] * patch_size, grid[1] * patch_size, requires_grad=of_images)
     got = module(images)
     expected = F.conv2d(images, weight, bias, stride=patch_size)
     assert got.shape == (2, 12, *grid)
     assert gap(got, expected) <= 1e-5
     upstream = torch.randn_like(got)
-    of_ours = torch.autograd.grad(got, (images, weight, bias), upstream)
-    of_theirs = torch.autograd.grad(expected, (images, weight, bias), upstream)
+    learnt = (images, weight, bias) if of_images else (weight, bias)
+    of_ours = torch.autograd.grad(got, learnt, upstream)
+    of_theirs = torch.autograd.grad(expected, learnt, upstream)
     for a, b in zip(of_ours, of_theirs, strict=True):
         assert relative(a, b) <= 1e-5
 
@@ -63,3 +65,16 @@ def test_stem_halves_once_per_width(widths):
     tokens.square().mean().backward()
     for name, parameter in stem.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
+
+
+def test_no_copy_of_the_pictures_is_kept():
+    kept: list[int] = []
+    images = torch.randn(2, 3, 8, 12)
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        PatchEmbed(4, 12)(images).sum()
+    assert kept == [images.data_ptr()]
