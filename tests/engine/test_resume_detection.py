@@ -1,0 +1,57 @@
+"""A detector that is killed and resumed ends as one that was never stopped: mosaic, denoising and average included."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FLAGS = [
+    "--model=glance_nano", "--image-size=64", "--steps=6", "--batch-size=4", "--checkpoint-seconds=0",
+    "--evaluations=2", "--device=cpu", "--precision=float32", "--augment.mosaic=0.6", "--augment.copy-paste=0.5",
+    "--augment.mixup=0.5", "--augment.strong-until=0.7",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of up to three bright squares, some of none, in COCO's form."""
+    root = tmp_path_factory.mktemp("squares")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4)):
+        images, annotations = [], []
+        for i in range(count):
+            pixels = rng.integers(0, 90, (48, 64, 3), dtype=np.uint8)
+            for _ in range(i % 4):
+                x, y, side = int(rng.integers(0, 40)), int(rng.integers(0, 28)), int(rng.integers(8, 20))
+                pixels[y : y + side, x : x + side] += 120
+                box = [x, y, side, side]
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + side % 2, "bbox": box}
+                )
+            name = f"{split}{i}.png"
+            Image.fromarray(pixels).save(root / "images" / name)
+            images.append({"id": i, "file_name": name, "width": 64, "height": 48})
+        categories = [{"id": 1, "name": "even"}, {"id": 2, "name": "odd"}]
+        values = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"{split}.json").write_text(json.dumps(values))
+    return root
+
+
+@pytest.mark.slow
+def test_killed_with_other_workers(squares: Path, runner: Any, killing: Any, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    ended = runner.run(["train", squares, *FLAGS, "--out", whole], scratch=scratch)
+    assert ended.code == 0, ended.output
+    killed = runner.run(["train", squares, *FLAGS, "--out", run], scratch=scratch, kill_at="after step 2")
+    assert killed.code == -signal.SIGKILL
+    ended = runner.run(["train", "--resume", run, "--workers=2"], scratch=scratch)
+    assert ended.code == 0, ended.output
+    assert killing.differences(run, whole) == []
