@@ -174,6 +174,11 @@ def test_out_that_is_a_file(run: Callable[..., Any], pictures: Path, tmp_path: P
     assert code == 2 and "file" in err
 
 
+def test_train_refuses_what_is_for_boxes(run: Callable[..., Any], pictures: Path) -> None:
+    code, _, err = run("train", pictures, *TINY, "--steps=1", "--augment.mosaic=0.5", "--augment.copy-paste=1")
+    assert code == 2 and "augment.mosaic, augment.copy_paste: for detection" in err
+
+
 def test_train_answers_with_json(run: Callable[..., Any], pictures: Path) -> None:
     code, out, err = run("train", pictures, *TINY, "--steps=2", "--json", "--out=run")
     facts = json.loads(out)

@@ -30,6 +30,9 @@ class ClassificationTask:
     usual_threshold: float | None = None
 
     def __init__(self, class_names: tuple[str, ...], config: RunConfig, row: Row):
+        unfit = [f"augment.{name}" for name in ("mosaic", "copy_paste") if getattr(config.augment, name)]
+        if unfit:
+            raise UserError(f"{', '.join(unfit)}: for detection; a picture with one label has mixup and cutmix")
         self.class_names = class_names
         self.label_smoothing = config.loss.label_smoothing
         self.train_transform = TrainTransform(config.augment, config.train_preprocessing)
