@@ -190,4 +190,9 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "detr_resnet50_dc5": (_hf("facebook/detr-resnet-50-dc5", COCO),),
     "detr_resnet101": (_hf("facebook/detr-resnet-101", COCO),),
     "detr_resnet101_dc5": (_hf("facebook/detr-resnet-101-dc5", COCO),),
+    "deformable_detr_resnet50": (_hf("SenseTime/deformable-detr", COCO),),
+    "deformable_detr_resnet50_refine": (_hf("SenseTime/deformable-detr-with-box-refine", COCO),),
+    "deformable_detr_resnet50_two_stage": (_hf("SenseTime/deformable-detr-with-box-refine-two-stage", COCO),),
+    "deformable_detr_resnet50_single": (_hf("SenseTime/deformable-detr-single-scale", COCO),),
+    "deformable_detr_resnet50_single_dc5": (_hf("SenseTime/deformable-detr-single-scale-dc5", COCO),),
 }
