@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from saccade.config import Config, RunConfig, build_config, closest
 from saccade.errors import UserError
+from saccade.flags import add_field, read_changes
 
 EPILOG = "`saccade COMMAND --help` shows the flags of a command. First look: `saccade demo`."
 
@@ -140,60 +141,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
                 add_field(group, inner, inner_name, f"{name}.")
         elif name not in (*SHORT, "data"):
             add_field(rest, RunConfig, name, "")
-
-
-def add_field(group: Any, model: type[Config], name: str, prefix: str) -> None:
-    """A flag for a field of the settings. The text is parsed by `from_text` and checked by the settings themselves."""
-    field = model.model_fields[name]
-    default = "" if field.default is None else f" (default {shown(field.default)})"
-    choices = [str(choice) for choice in literals(field.annotation)]
-    flag = f"--{prefix}{name}".replace("_", "-")
-    is_bool = field.annotation is bool
-    group.add_argument(
-        flag,
-        dest=prefix + name,
-        metavar="{" + ",".join(choices) + "}" if choices else "BOOL" if is_bool else name.split("_")[-1].upper(),
-        nargs="?" if is_bool else None,
-        const="true" if is_bool else None,
-        help=((field.description or "") + default).replace("%", "%%"),
-    )
-
-
-def shown(value: object) -> str:
-    return ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
-
-
-def literals(annotation: Any) -> list[Any]:
-    """The allowed words of a Literal, also inside an optional one."""
-    if get_origin(annotation) is not None and str(get_origin(annotation)) == "typing.Literal":
-        return list(get_args(annotation))
-    return [choice for part in get_args(annotation) for choice in literals(part)]
-
-
-def from_text(model: type[Config], path: str, text: str) -> Any:
-    """`none` for a setting that may be absent, a list for a tuple, otherwise the text, which pydantic reads."""
-    name, _, rest = path.partition(".")
-    annotation = model.model_fields[name].annotation
-    if rest:
-        assert isinstance(annotation, type) and issubclass(annotation, Config)
-        return from_text(annotation, rest, text)
-    if text.lower() == "none" and type(None) in get_args(annotation):
-        return None
-    return text.split(",") if get_origin(annotation) is tuple else text
-
-
-def read_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given, as a nested mapping."""
-    changes: dict[str, Any] = {}
-    for path, text in vars(options).items():
-        if text is None or path.split(".")[0] not in RunConfig.model_fields:
-            continue
-        branch = changes
-        *parents, name = path.split(".")
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[name] = from_text(RunConfig, path, text)
-    return changes
 
 
 def run_train(options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ LIMIT = 600  # lines that one file may have
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
+    "flags": set(),
     "drawing": set(),
     "synthetic": set(),
     "tokenizer": set(),
@@ -34,10 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decoding": {"models"},
     "data": set(),
     "metrics": {"drawing"},
-    "weights.formats": {"layers", "backbones", "models"},
+    "weights.formats": {"layers", "backbones", "models", "tokenizer"},
     "weights": {"weights.formats", "layers", "backbones", "models", "tokenizer"},
     "tasks": {
-        "layers", "backbones", "models", "data", "metrics", "predictions", "drawing", "explain", "tokenizer", "decoding",
+        "layers", "backbones", "models", "data", "metrics", "predictions", "drawing", "explain", "tokenizer",
+        "decoding",
     },  # fmt: skip
     "engine": {
         "backbones", "models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain", "tokenizer",
