@@ -85,7 +85,8 @@ def save(theirs: FileNamed, folder: Path) -> None:
 
 def agree(
     form: Format, row: DETRConfig, size: tuple[int, int], dtype: torch.dtype, targets: BoxTargets, classes: int
-) -> None:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the gradients of both, under our names."""
     ours, theirs = pair(form, row, classes)
     rules, peer = form.rules(row, classes), form.peer
     assert isinstance(peer, DetectorPeer)
@@ -126,6 +127,7 @@ def agree(
         worst_gradient = max(worst_gradient, (parameter.grad - of_theirs[name]).abs().max().item() / scale)
         assert worst_gradient <= gradient_limit, name
     print(f"{dtype}: outputs and losses {worst:.1e}, gradients {worst_gradient:.1e}")
+    return {name: p.grad for name, p in own.items() if p.grad is not None}, of_theirs
 
 
 @dtypes
@@ -150,13 +152,26 @@ def test_odd_numbers_of_things(things, dtype):
 
 
 @pytest.mark.slow
-@dtypes
 @pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet101_dc5"])
-def test_full_size(name, dtype):
-    """Measured: outputs and losses 0 in float32, 0 in float64; gradients 0 and 0."""
+def test_full_size(name):
+    """Measured: outputs and losses 1.0e-5 in float32, 1.8e-14 in float64; gradients 2.3e-2 and 3.5e-12.
+
+    That float32's gradients are apart is rounding: ours are as near to those of float64 as theirs are.
+    """
     row = DETECTORS[name]
     assert isinstance(row, DETRConfig)
-    agree(TIMM_NAMED, row, (160, 224), dtype, made_up_targets(2, 91, dtype), 91)
+    found = {}
+    for dtype in (DOUBLE, SINGLE):
+        found[dtype] = agree(TIMM_NAMED, row, (160, 224), dtype, made_up_targets(2, 91, dtype), 91)
+    exact = found[DOUBLE][1]
+
+    def error(gradients: dict[str, Tensor]) -> float:
+        off = sum(float((gradients[n].double() - g).square().sum()) for n, g in exact.items())
+        return (off / sum(float(g.square().sum()) for g in exact.values())) ** 0.5
+
+    own, foreign = (error(each) for each in found[SINGLE])
+    print(f"error of float32 gradients: ours {own:.1e}, theirs {foreign:.1e}")
+    assert own <= 1.5 * foreign
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
