@@ -160,7 +160,8 @@ class Transformer(Translator):
         return self.waves
 
     def _embed(self, tokens: Int[Tensor, "B N"], positions: Float[Tensor, "*N C"]) -> Float[Tensor, "B N C"]:
-        x = F.embedding(tokens, self.embeddings)
+        # padding learns nothing by being read; in Marian's models it also stands where a translation begins
+        x = F.embedding(tokens, self.embeddings, padding_idx=self.config.pad)
         x = (x * math.sqrt(self.config.width) if self.config.scale_embeddings else x) + positions.to(x.dtype)
         return F.dropout(x, self.config.dropout, self.training)
 

@@ -17,6 +17,8 @@ from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models import build_network, model_row, name_of, task_of
 from saccade.models.detector import DetectorRow
+from saccade.models.translator import STEERING, TranslatorRow
+from saccade.tokenizer import Tokenizer, read_tokenizer
 from saccade.weights import recognition
 from saccade.weights.descriptions import read_class_names, read_preprocessing
 from saccade.weights.formats.table import Format, Rule, Shapes, read_state
@@ -44,15 +46,17 @@ class Imported:
     training_data: str
     provenance: str
     format: Format
+    tokenizer: str | None = None
 
     def card(self) -> ModelCard:
         """The description for a model file."""
         return ModelCard(
-            task=task_of(self.row) if self.class_names else "embed",
+            task=task_of(self.row) if self.class_names or self.tokenizer is not None else "embed",
             model=name_of(self.row),
             architecture=self.row.to_dict(),
             class_names=self.class_names,
             preprocessing=self.preprocessing,
+            tokenizer=self.tokenizer,
             training_data=self.training_data,
             licence=self.licence,
             provenance=self.provenance,
@@ -91,7 +95,13 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
         notes.append(f"the head for {classes} classes is left out, as asked")
         classes = 0
     known = next((each for every in PUBLISHED.values() for each in every if each.name == raw.where), None)
-    preprocessing, found = read_preprocessing(raw.where, raw.config, raw.preprocessor, row, form.preprocessing)
+    tokenizer, found = None, []
+    if isinstance(row, TranslatorRow):
+        assert form.tokenizer is not None
+        tokenizer, preprocessing = form.tokenizer(raw.tokenizer, raw.where), PreprocessingConfig()
+        check_tokenizer(row, read_tokenizer(tokenizer, raw.where), raw.where)
+    else:
+        preprocessing, found = read_preprocessing(raw.where, raw.config, raw.preprocessor, row, form.preprocessing)
     class_names, more = read_class_names(raw.config, classes, _is_imagenet(raw, form, known), task_of(row))
     unknown = raw.licence == UNKNOWN_LICENCE
     return Imported(
@@ -106,7 +116,21 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
         raw.training_data or (known.training_data if known else ""),
         f"{raw.origin}; read as {form.name} by saccade {__version__}",
         form,
+        tokenizer,
     )
+
+
+def check_tokenizer(row: TranslatorRow, tokenizer: Tokenizer, where: str) -> None:
+    """Is it the one whose numbers the weights know?"""
+    if tokenizer.size > row.vocabulary:
+        raise UserError(
+            f"{where}: its tokenizer has {tokenizer.size} tokens, its weights know {row.vocabulary}; they are not of "
+            "one model"
+        )
+    theirs = {"padding": (tokenizer.pad, row.pad), "end": (tokenizer.end, row.end)}
+    wrong = [f"{name} is {a} to the tokenizer and {b} to the weights" for name, (a, b) in theirs.items() if a != b]
+    if wrong:
+        raise UserError(f"{where}: tokenizer and weights are not of one model: {'; '.join(wrong)}")
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -155,6 +179,8 @@ def _refuse_absurd(where: str, row: Row, shapes: Shapes) -> None:
     for name, value in [*described.items(), *(inner.items() if isinstance(inner, dict) else ())]:
         figures = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int | float)]
         most = len(shapes) if "depth" in name else WIDEST
+        if name in STEERING:  # of these only the tokens' table can say
+            continue
         if any(not abs(figure) <= most for figure in figures) or ("depth" in name and sum(figures) > most):
             raise UserError(f"{where}: claims {name} = {value}, which these {len(shapes)} tensors cannot be; damaged")
 

@@ -16,7 +16,7 @@ from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector, DetectorRow
 from saccade.models.translator import Translator, TranslatorRow
 from saccade.tokenizer import Tokenizer
-from saccade.weights.convert import import_weights
+from saccade.weights.convert import check_tokenizer, import_weights
 from saccade.weights.model_file import ModelCard, check_weights, find_model, load_model_file, read_metadata
 from saccade.weights.source import open_weights
 
@@ -158,19 +158,6 @@ def initial_translator(config: RunConfig, tokenizer: Tokenizer) -> tuple[Transla
         network.load_state_dict(loaded.weights)
     assert isinstance(network, Translator)
     return network, notes
-
-
-def check_tokenizer(row: TranslatorRow, tokenizer: Tokenizer, where: str) -> None:
-    """Is it the one whose numbers the weights know?"""
-    if tokenizer.size > row.vocabulary:
-        raise UserError(
-            f"{where}: its tokenizer has {tokenizer.size} tokens, its weights know {row.vocabulary}; they are not of "
-            "one model"
-        )
-    theirs = {"padding": (tokenizer.pad, row.pad), "end": (tokenizer.end, row.end)}
-    wrong = [f"{name} is {a} to the tokenizer and {b} to the weights" for name, (a, b) in theirs.items() if a != b]
-    if wrong:
-        raise UserError(f"{where}: tokenizer and weights are not of one model: {'; '.join(wrong)}")
 
 
 def starting_row(config: RunConfig, loaded: Loaded) -> Row:

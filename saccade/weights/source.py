@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.config import closest
 from saccade.errors import UserError
-from saccade.weights.hub import fetch, hub_name, weight_files
+from saccade.weights.hub import TOKENIZER, fetch, hub_name, weight_files
 from saccade.weights.published import PUBLISHED
 from saccade.weights.readers import SUFFIXES, read_file
 from saccade.weights.recognition import matching
@@ -35,6 +35,7 @@ class RawWeights:
     licence: str = UNKNOWN_LICENCE
     training_data: str = ""
     notes: tuple[str, ...] = ()  # what was chosen, changed and left aside on the way
+    tokenizer: dict[str, bytes] = field(default_factory=dict)  # its files by name, where there are any
 
 
 def open_weights(source: str | Path, *, branch: str | None = None) -> RawWeights:
@@ -121,7 +122,22 @@ def _build(
         _licence(readme, config),
         ", ".join(_entries(readme, "datasets")),
         (*(notes or []), *found),
+        _read_files(folder, TOKENIZER) if folder else {},
     )
+
+
+def _read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Those that are there."""
+    found = {}
+    for path in (folder / name for name in names):
+        try:
+            if path.is_file():
+                if path.stat().st_size > LARGEST_TEXT:
+                    raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a tokenizer")
+                found[path.name] = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return found
 
 
 def _no_weights(where: str, names: list[str]) -> str:

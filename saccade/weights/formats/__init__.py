@@ -9,6 +9,7 @@ from saccade.weights.formats import (
     efficientvit,
     levit,
     lw_detr,
+    marian,
     resnet,
     swin,
     vit,
@@ -25,4 +26,5 @@ FORMATS: tuple[Format, ...] = (
     *detr.FORMATS,
     *deformable_detr.FORMATS,
     *lw_detr.FORMATS,
+    *marian.FORMATS,
 )

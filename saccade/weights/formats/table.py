@@ -120,6 +120,8 @@ class Format:
     processor: Callable[[PreprocessingConfig], dict[str, Any]] | None = None  # their own words in preprocessor_config
     # (tensors, config) -> the tensors with those that a file leaves out because it holds them under another name
     complete: Callable[[State, Mapping[str, Any]], State] | None = None
+    # (files beside the weights by name, what messages call them) -> the tokenizer for our model file
+    tokenizer: Callable[[Mapping[str, bytes], str], str] | None = None
 
     @property
     def name(self) -> str:

@@ -1,0 +1,296 @@
+"""Marian's models against transformers, with random weights: every block, logits, loss, gradients, and what the search
+finds, token for token; and their tokenizers, made here and laid out as on the hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from compare import randomise
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from saccade.decoding import beam_search, greedy
+from saccade.errors import UserError
+from saccade.models.transformer import Transformer, TransformerRow
+from saccade.tokenizer import read_tokenizer
+from saccade.weights.convert import import_weights
+from saccade.weights.formats.marian import FORMATS, build_peer
+from saccade.weights.formats.table import read_gradients, read_state, write_state
+from saccade.weights.load import load_network
+from saccade.weights.source import open_weights
+
+transformers = pytest.importorskip("transformers")
+(FORMAT,) = FORMATS
+
+# logits and encoder states, loss; gradients relative to each parameter's largest. Measured at worst: see the tests.
+LIMITS = {torch.float32: (1e-4, 1e-4, 1e-3), torch.float64: (1e-9, 1e-9, 1e-8)}
+TINY = TransformerRow(
+    width=32, heads=4, hidden=48, encoder_depth=2, decoder_depth=3, mlp="silu", logit_bias=True, dropout=0.0,
+    max_length=64, vocabulary=120, pad=119, begin=119, end=0,
+)  # fmt: skip
+BASE = TransformerRow(
+    width=512, heads=8, hidden=2048, encoder_depth=6, decoder_depth=6, mlp="silu", logit_bias=True, dropout=0.0,
+    max_length=512, vocabulary=8000, pad=7999, begin=7999, end=0,
+)  # fmt: skip
+
+
+def twins(row: TransformerRow, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Transformer, Any]:
+    theirs = random_peer(row, seed)
+    ours = Transformer(row)
+    state = FORMAT.complete(theirs.state_dict(), {}) if FORMAT.complete else {}
+    ours.load_state_dict(read_state(state, FORMAT.rules(row, 0), (), "theirs"))
+    return ours.to(dtype).eval(), theirs.to(dtype).eval()
+
+
+def random_peer(row: TransformerRow, seed: int) -> Any:
+    """With a bias of the scores, and with positions as they were: they are computed, not learnt."""
+    theirs: Any = build_peer(row)
+    waves = theirs.model.encoder.embed_positions.weight.clone()
+    randomise(theirs, seed)
+    with torch.no_grad():
+        theirs.model.shared.weight.mul_(row.width**-0.5)
+        theirs.final_logits_bias.copy_(0.3 * torch.randn(row.vocabulary, generator=torch.Generator().manual_seed(seed)))
+        for part in (theirs.model.encoder, theirs.model.decoder):
+            part.embed_positions.weight.copy_(waves)
+    return theirs
+
+
+def texts(row: TransformerRow, rows: int = 4, length: int = 11, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randint(2, row.vocabulary - 1, (rows, length), generator=generator)
+    for i, used in enumerate(torch.randint(2, length, (rows - 1,), generator=generator).tolist()):
+        source[i, used] = row.end
+        source[i, used + 1 :] = row.pad
+    return source
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("row", [TINY, pytest.param(BASE, marks=pytest.mark.slow)], ids=["tiny", "base"])
+def test_states_logits_loss_and_gradients(row: TransformerRow, dtype: torch.dtype) -> None:
+    """Measured, logits and gradients: tiny float32 0 and 4e-7, float64 2e-15 and 2e-15; base float32 2e-7 and 1e-6,
+    float64 5e-15 and 5e-15."""
+    ours, theirs = twins(row, dtype)
+    source, target = texts(row), texts(row, length=7, seed=1)
+    inputs = torch.cat((torch.full((4, 1), row.begin), target[:, :-1]), dim=1)
+    expected = theirs(input_ids=source, attention_mask=(source != row.pad).long(), decoder_input_ids=inputs)
+    memory, keep = ours.encode(source)
+    got = ours(source, inputs).logits
+    kept = keep[:, 0, 0]
+    most_logits, most_loss, most_gradient = LIMITS[dtype]
+    assert (memory - expected.encoder_last_hidden_state)[kept].abs().max() <= most_logits
+    assert got.std() > 0.1 and (got - expected.logits).abs().max() <= most_logits
+    losses = [
+        F.cross_entropy(each.flatten(0, 1), target.flatten(), ignore_index=row.pad) for each in (got, expected.logits)
+    ]
+    assert abs(losses[0] - losses[1]) <= most_loss
+    for loss in losses:
+        loss.backward()
+    named = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    rules = [rule for rule in FORMAT.rules(row, 0) if rule.ours != "logit_bias"]  # to them it is no parameter
+    gradients = read_gradients(named, rules)
+    for name, parameter in ours.named_parameters():
+        if name in gradients:
+            assert parameter.grad is not None
+            size = gradients[name].abs().max()
+            gap = (parameter.grad - gradients[name]).abs().max() / size
+            assert size > 0 and gap <= most_gradient, f"{name}: {float(gap)}"
+
+
+def test_published_loss_is_ours() -> None:
+    """transformers' own loss, from its own shift of the labels."""
+    ours, theirs = twins(TINY)
+    source, target = texts(TINY), texts(TINY, length=7, seed=1)
+    labels = target.masked_fill(target == TINY.pad, -100)
+    expected = theirs(input_ids=source, attention_mask=(source != TINY.pad).long(), labels=labels).loss
+    inputs = torch.cat((torch.full((4, 1), TINY.begin), target[:, :-1]), dim=1)
+    loss = F.cross_entropy(ours(source, inputs).logits.flatten(0, 1), target.flatten(), ignore_index=TINY.pad)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def taught(row: TransformerRow, seed: int) -> tuple[Transformer, Any]:
+    """Half taught to say texts backwards, so that translations differ and end at different places."""
+    torch.manual_seed(seed)
+    ours, theirs = Transformer(row), build_peer(row)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(ours.parameters(), lr=5e-3)
+    for _ in range(80):
+        length = int(torch.randint(4, 10, (), generator=generator))
+        words = torch.randint(2, row.vocabulary - 1, (24, length), generator=generator)
+        ends = torch.full((24, 1), row.end)
+        target = torch.cat((words.flip(1), ends), dim=1)
+        inputs = torch.cat((torch.full_like(ends, row.begin), target[:, :-1]), dim=1)
+        logits = ours(torch.cat((words, ends), dim=1), inputs).logits
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+        optimizer.step()
+    theirs.load_state_dict({**theirs.state_dict(), **written(ours)})
+    return ours.eval(), theirs.eval()
+
+
+def written(ours: Transformer) -> dict[str, torch.Tensor]:
+    state = write_state({name: p.detach() for name, p in ours.state_dict().items()}, FORMAT.rules(ours.config, 0))
+    tokens = state["model.shared.weight"]
+    copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+    return {**state, **dict.fromkeys(copies, tokens)}
+
+
+def generated(theirs: Any, source: torch.Tensor, row: TransformerRow, most: int, **how: Any) -> list[list[int]]:
+    found = theirs.generate(
+        source, attention_mask=(source != row.pad).long(), max_length=most + 1, bad_words_ids=[[row.pad]],
+        renormalize_logits=True, decoder_start_token_id=row.begin, do_sample=False, **how,
+    )  # fmt: skip
+    rows = [each[1:] for each in found.tolist()]
+    return [each[: each.index(row.end)] if row.end in each else each for each in rows]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_search_finds_the_same_tokens(seed: int) -> None:
+    """Greedy, and beams with every kind of length penalty; a cut one's last token is the end, as their files ask."""
+    ours, theirs = taught(TINY, seed)
+    source = texts(TINY, rows=12, length=9, seed=seed)
+    found = greedy(ours, source, 16)
+    assert found == generated(theirs, source, TINY, 16, num_beams=1)
+    assert len({len(tokens) for tokens in found}) > 2
+    for beams, penalty in ((2, 1.0), (4, 1.0), (4, 0.0), (6, 0.6), (3, 2.0)):
+        mine = beam_search(ours, source, 12, beams=beams, length_penalty=penalty)
+        expected = generated(
+            theirs, source, TINY, 12, num_beams=beams, length_penalty=penalty, num_return_sequences=beams
+        )
+        assert [list(each.tokens) for several in mine for each in several] == expected
+
+
+# --- a folder in the hub's layout ------------------------------------------------------------------------------------
+
+SENTENCES = [
+    "Two young white men are outside near many bushes.", "A dog runs through the deep white snow, and barks!",
+    "Zwei junge weiße Männer sind im Freien.", "Ein Hund rennt durch den tiefen weißen Schnee.",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with random weights, as transformers writes it, with tokenizers learnt from a few sentences."""
+    place = tmp_path_factory.mktemp("hub") / "opus-mt-xx-yy"
+    place.mkdir()
+    pieces: list[str] = []
+    for name, lines in (("source.spm", SENTENCES[:2]), ("target.spm", SENTENCES[2:])):
+        file = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines * 5), model_writer=file, vocab_size=34, minloglevel=2, num_threads=1
+        )
+        (place / name).write_bytes(file.getvalue())
+        model = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+        pieces += [piece for i in range(34) if (piece := model.IdToPiece(i)) not in ("<s>", "</s>", "<unk>", *pieces)]
+    vocabulary = {name: i for i, name in enumerate(["</s>", "<unk>", *pieces, "<pad>"])}
+    (place / "vocab.json").write_text(json.dumps(vocabulary))
+    (place / "tokenizer_config.json").write_text(json.dumps({"source_lang": "xx", "target_lang": "yy"}))
+    row = TransformerRow(
+        width=16, heads=2, hidden=24, encoder_depth=2, decoder_depth=2, mlp="silu", logit_bias=True, dropout=0.1,
+        max_length=64, vocabulary=len(vocabulary), pad=len(vocabulary) - 1, begin=len(vocabulary) - 1, end=0,
+    )  # fmt: skip
+    random_peer(row, 5).save_pretrained(place)
+    (place / "README.md").write_text("---\nlicense: cc-by-4.0\ndatasets:\n- opus\n---\n")
+    return place
+
+
+def test_a_folder_as_the_hub_has_it(folder: Path) -> None:
+    network, card = load_network(folder)
+    assert isinstance(network, Transformer) and card.task == "translate" and card.licence == "cc-by-4.0"
+    theirs = transformers.MarianMTModel.from_pretrained(folder).eval()
+    tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
+    assert card.tokenizer is not None
+    own = read_tokenizer(card.tokenizer, "card")
+    lines = [*SENTENCES, "An unknown ☃ word.", ""]
+    expected = tokenizer(lines)["input_ids"]
+    assert own.encode(lines) == expected
+    assert own.encode(lines, target=True) == tokenizer(text_target=lines)["input_ids"]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in expected], True, network.config.pad)
+    row = network.config
+    found = [list(several[0].tokens) for several in beam_search(network, padded, 20, beams=4)]
+    assert found == generated(theirs, padded, row, 20, num_beams=4)
+    known = tokenizer(text_target=SENTENCES[2:])["input_ids"]
+    assert own.decode(known) == SENTENCES[2:]
+    assert own.decode(known) == tokenizer.batch_decode(known, skip_special_tokens=True, use_source_tokenizer=False)
+
+
+def test_there_and_back_is_bitwise_equal(folder: Path) -> None:
+    theirs = load_file(folder / "model.safetensors")
+    found = import_weights(open_weights(folder))
+    again = write_state(found.weights, FORMAT.rules(found.row, 0))
+    assert again.keys() == theirs.keys() and all(torch.equal(again[name], theirs[name]) for name in theirs)
+    shapes = {name: tuple(tensor.shape) for name, tensor in again.items()}
+    assert FORMAT.row(shapes, FORMAT.write_config(found.row, 0)) == found.row
+
+
+def test_older_files_hold_copies_and_positions(folder: Path, tmp_path: Path) -> None:
+    network, _ = load_network(folder)
+    copy = tmp_path / "old"
+    shutil.copytree(folder, copy)
+    state = transformers.MarianMTModel.from_pretrained(folder).state_dict()
+    assert any("embed_positions" in name for name in state) and "lm_head.weight" in state
+    save_file({name: tensor.clone() for name, tensor in state.items()}, copy / "model.safetensors", {"format": "pt"})
+    again, _ = load_network(copy)
+    pairs = zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def _config(**changes: Any) -> Any:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+    return change
+
+
+def _without(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def _vocabulary(folder: Path) -> None:
+    values = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps({**values, "more": len(values) + 5}))
+
+
+def _other_end(folder: Path) -> None:
+    values = json.loads((folder / "vocab.json").read_text())
+    values["</s>"], values["<unk>"] = values["<unk>"], values["</s>"]
+    (folder / "vocab.json").write_text(json.dumps(values))
+
+
+def _different_table(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.shared.weight"] + 1
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without("target.spm"), r"tokenizer is incomplete \(target.spm missing\)"),
+        (_without("config.json"), "only in config.json"),
+        (lambda folder: (folder / "source.spm").write_bytes(b"nonsense"), "source.spm is damaged"),
+        (lambda folder: (folder / "vocab.json").write_text('{"</s>": 0'), "vocab.json"),
+        (lambda folder: (folder / "vocab.json").write_text('{"</s>": 0}'), "lacks <pad>, <unk>"),
+        (_vocabulary, "its tokenizer has .* tokens, its weights know"),
+        (_other_end, "end is 1 to the tokenizer and 0 to the weights"),
+        (_different_table, "lm_head.weight differ"),
+        (_config(share_encoder_decoder_embeddings=False), "a vocabulary for each language"),
+        (_config(activation_function="tanh"), "activation 'tanh'"),
+        (_config(d_model=None), "description is incomplete"),
+        (_config(encoder_layers=3), "missing: model.encoder.layers.2"),
+        (_config(d_model=10**9), "claims width|the weights do not fit"),
+    ],
+)
+def test_what_does_not_fit_is_refused(spoil: Any, message: str, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    spoil(copy)
+    with pytest.raises(UserError, match=message):
+        load_network(copy)
