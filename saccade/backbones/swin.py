@@ -137,7 +137,8 @@ class WindowAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "M N C"], bias: Float[Tensor, "H N N"], mask: Tensor | None
     ) -> Float[Tensor, "M N C"]:
-        return self.out(window_attention(self.qkv(x), bias, mask, self.scale))
+        mixed = window_attention(self.qkv(x.flatten(0, 1)).unflatten(0, x.shape[:2]), bias, mask, self.scale)
+        return self.out(mixed.flatten(0, 1)).view_as(x)
 
 
 class CosineAttention(nn.Module):
@@ -157,10 +158,12 @@ class CosineAttention(nn.Module):
     ) -> Float[Tensor, "M N C"]:
         of_q, of_v = self.query_value_bias.chunk(2)
         shift = torch.cat((of_q, torch.zeros_like(of_q), of_v))
-        q, k, v = linear(x, self.qkv.weight, shift).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (M, N, H, D)
+        qkv = linear(x.flatten(0, 1), self.qkv.weight, shift).unflatten(0, x.shape[:2])
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (M, N, H, D)
         temperature = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()[:, 0]  # (H, 1)
         q, k = F.normalize(q, dim=-1) * temperature.to(q.dtype), F.normalize(k, dim=-1)
-        return self.out(window_attention(torch.stack((q, k, v), dim=2).flatten(2), bias, mask, 1.0))
+        mixed = window_attention(torch.stack((q, k, v), dim=2).flatten(2), bias, mask, 1.0)
+        return self.out(mixed.flatten(0, 1)).view_as(x)
 
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -255,7 +258,9 @@ class SwinBlock(nn.Module):
         return super().train(mode)
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.mlp(self.norm2(x)) if self.norm_first else self.norm2(self.mlp(x))
+        h = self.norm2(x) if self.norm_first else x
+        h = self.mlp(h.flatten(0, 1)).view_as(x)
+        return h if self.norm_first else self.norm2(h)
 
     def _shares(self, layout: Layout, x: Tensor) -> Tensor | None:
         """Stochastic depth: a factor per branch and window, the same for all windows of a picture."""
