@@ -18,7 +18,8 @@ their average, those with the better AP on `val` count.
 
 `seconds` is what the run took, `seconds_per_step` that by its steps (ours: with its evaluations). With `--checkpoint` a
 run that was stopped goes on where it was saved last: the state is written every five minutes, and when the process is
-asked to stop. `others_cores` near zero, or the figure is worth little.
+asked to stop. `processor_seconds` are those of all threads, which no pause makes more. `others_cores` near zero, or the
+figure is worth little.
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ class Progress:
     seconds: float = 0.0  # of training
     wall: float = 0.0  # of training and saving
     busy: float = 0.0  # seconds of processor time that others used in it
+    processor: float = 0.0  # seconds of processor time of this process, all threads: a pause does not count
 
 
 class Run:
@@ -222,7 +224,7 @@ def fit(run: Run, data: Data, checkpoint: Path | None) -> bool:
     total, count, first, began = 0.0, 0, progress.step, progress.seconds
     with stop_signals() as stop, closing(batches):
         load, start = report.Load(), time.perf_counter()
-        saved = mark = start
+        saved, mark, used = start, start, time.process_time()
         while progress.step < progress.steps and stop.number is None:
             seed_everything(seed, 1 + progress.step, 0)
             share = lr_share(progress.step, progress.steps, SCHEDULE)
@@ -231,6 +233,7 @@ def fit(run: Run, data: Data, checkpoint: Path | None) -> bool:
             progress.step, count = progress.step + 1, count + 1
             now = time.perf_counter()
             progress.seconds, mark = progress.seconds + now - mark, now
+            progress.processor, used = progress.processor + time.process_time() - used, time.process_time()
             if progress.step % SAY_STEPS == 0 or progress.step in (1, 10, progress.steps):
                 per_step = (progress.seconds - began) / (progress.step - first)
                 left = clock(per_step * (progress.steps - progress.step))
@@ -244,6 +247,7 @@ def fit(run: Run, data: Data, checkpoint: Path | None) -> bool:
                 run.save(checkpoint)
                 load = report.Load()
                 start = saved = mark = time.perf_counter()
+                used = time.process_time()
         if checkpoint is None:
             progress.wall = time.perf_counter() - start
             progress.busy = load.others() * progress.wall
@@ -332,6 +336,7 @@ def run_peer(arguments: argparse.Namespace) -> report.Row | None:
         "epochs": progress.steps * arguments.batch_size / len(data.train),
         "seconds": progress.seconds,
         "seconds_per_step": progress.seconds / progress.steps,
+        "processor_seconds": progress.processor,
         "parameters": parameters,
         "others_cores": progress.busy / max(progress.wall, 1e-9),
         **settings,
@@ -356,7 +361,7 @@ def run_ours_in(folder: Path, arguments: argparse.Namespace) -> report.Row | Non
         parts.append({"start": time.time(), "finished": False})
         folder.mkdir(parents=True, exist_ok=True)
         notes.write_text(json.dumps(parts) + "\n")
-    load, start = report.Load(), time.perf_counter()
+    load, start, used = report.Load(), time.perf_counter(), time.process_time()
     if (folder / "config.json").exists():
         result = saccade.train(resume=str(folder))
     else:
@@ -365,6 +370,7 @@ def run_ours_in(folder: Path, arguments: argparse.Namespace) -> report.Row | Non
     if "seconds" not in parts[-1]:
         seconds = time.perf_counter() - start
         parts[-1] |= {"seconds": seconds, "others": load.others() * seconds, "finished": result.finished}
+        parts[-1]["processor"] = time.process_time() - used
         notes.write_text(json.dumps(parts) + "\n")
     if not result.finished:
         return None
@@ -387,6 +393,7 @@ def run_ours_in(folder: Path, arguments: argparse.Namespace) -> report.Row | Non
         "epochs": seen / len(open_splits(Path(arguments.data)).train),
         "seconds": seconds,
         "seconds_per_step": seconds / result.steps,
+        "processor_seconds": sum(part["processor"] for part in parts) if known == parts else None,
         "parameters": sum(p.numel() for p in saccade.load(str(folder)).network.parameters()),
         "others_cores": others,
         "parts": len(parts),
