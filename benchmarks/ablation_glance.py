@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 import saccade
 from benchmarks.report import Load, Row, merge, table, versions
-from saccade.models import DETECTORS
+from saccade.models import DETECTORS, glance
 from saccade.models.glance import GlanceConfig
 from saccade.tasks import detection
 from saccade.tasks.glance_loss import DECODER, GlanceLoss
@@ -56,10 +58,16 @@ def with_settings(**changes: Any) -> Change:
     return change
 
 
+def without_hint(stack: ExitStack, settings: dict[str, Any]) -> None:
+    real = glance.rivalry
+    stack.enter_context(patch.object(glance, "rivalry", lambda boxes, logits: torch.zeros_like(real(boxes, logits))))
+
+
 PARTS: dict[str, Change] = {
     "everything": without_nothing,
     "no several places an object": with_loss(GlanceLoss(several=1)),
     "focal loss, not matchability": with_loss(GlanceLoss(decoder=replace(DECODER, class_loss=focal_loss))),
+    "no hint of rivals": without_hint,
     "no denoising": without_denoising,
     "no mosaic": with_settings(augment={"mosaic": 0.0}),
     "no average of the weights": with_settings(ema={"decay": None}),
@@ -98,7 +106,7 @@ def measure(name: str, steps: int, image_size: int) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="these parts alone")
     parser.add_argument("--json", type=Path)

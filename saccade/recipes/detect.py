@@ -7,8 +7,8 @@ from typing import Any
 
 from saccade.recipes.summary import DataSummary
 
-PASSES = 150  # over the data, that a detector from scratch should have at least
-NANO_SECONDS = 0.04  # that a training picture of 320 px takes `glance_nano` on two cores
+PASSES = 110  # over the data, that a detector from scratch should have at least
+NANO_SECONDS = 0.055  # that a training picture of 320 px takes `glance_nano` on two cores
 
 
 def detect(data: DataSummary) -> dict[str, Any]:
