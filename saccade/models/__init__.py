@@ -16,7 +16,7 @@ from saccade.models.detector import Detector, DetectorRow
 from saccade.models.detr import DETR, Detr, DETRConfig
 from saccade.models.embedder import Embedder
 from saccade.models.glance import GLANCE, Glance, GlanceConfig
-from saccade.models.lw_detr import LW_DETR, LWDetr, LWDETRConfig
+from saccade.models.lw_detr import LW_DETR, LWDetr, LWDETRConfig, RFDETRConfig
 from saccade.models.recurrent import RECURRENTS, Recurrent, RecurrentRow
 from saccade.models.transformer import TRANSFORMERS, Transformer, TransformerRow
 from saccade.models.translator import Translator, TranslatorRow
@@ -29,6 +29,7 @@ DETECTOR_FAMILIES: dict[str, tuple[type[DetectorRow], Callable[[Any, int], Detec
     "detr": (DETRConfig, Detr),
     "deformable_detr": (DeformableDETRConfig, DeformableDetr),
     "lw_detr": (LWDETRConfig, LWDetr),
+    "rf_detr": (RFDETRConfig, LWDetr),
 }
 
 TRANSLATORS: dict[str, TranslatorRow] = {**TRANSFORMERS, **RECURRENTS}

@@ -17,6 +17,8 @@ LVD142M = "LVD-142M, without labels (its pictures are not published)"
 LVD1689M = "LVD-1689M, without labels (its pictures are not published)"
 WEBLI = "WebLI, pictures with texts (not published)"
 COCO = "COCO 2017"
+OBJECTS365 = "Objects365"
+OBJECTS365_COCO = "Objects365, then COCO 2017"
 WIT = "400 million pictures with texts (not published)"
 OPENAI = "mit (of the code; the page of the weights states none)"
 
@@ -80,6 +82,11 @@ def _swin(size: str, window: str, *data: str) -> tuple[Published, ...]:
 def _swinv2(form: str, training_data: str) -> tuple[Published, ...]:
     tags = {IN1K: "ms_in1k", IN22K: "ms_in22k", IN22K_1K: "ms_in22k_ft_in1k"}
     return (_timm(f"swinv2_{form}.{tags[training_data]}", training_data, "mit"),)
+
+
+def _lw_detr(size: str, *data: str) -> tuple[Published, ...]:
+    tags = {OBJECTS365_COCO: "60e_coco", OBJECTS365: "30e_objects365"}
+    return tuple(_hf(f"AnnaZhang/lwdetr_{size}_{tags[each]}", each) for each in data)
 
 
 def _resnet(depth: int, *tags: str) -> tuple[Published, ...]:
@@ -195,4 +202,14 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "deformable_detr_resnet50_two_stage": (_hf("SenseTime/deformable-detr-with-box-refine-two-stage", COCO),),
     "deformable_detr_resnet50_single": (_hf("SenseTime/deformable-detr-single-scale", COCO),),
     "deformable_detr_resnet50_single_dc5": (_hf("SenseTime/deformable-detr-single-scale-dc5", COCO),),
+    "lw_detr_tiny": _lw_detr("tiny", OBJECTS365_COCO, OBJECTS365),
+    "lw_detr_small": _lw_detr("small", OBJECTS365_COCO, OBJECTS365),
+    "lw_detr_medium": _lw_detr("medium", OBJECTS365_COCO),
+    "lw_detr_large": _lw_detr("large", OBJECTS365_COCO, OBJECTS365),
+    "lw_detr_xlarge": _lw_detr("xlarge", OBJECTS365_COCO),
+    "rf_detr_nano": (_hf("Roboflow/rf-detr-nano", COCO),),
+    "rf_detr_small": (_hf("Roboflow/rf-detr-small", COCO),),
+    "rf_detr_medium": (_hf("Roboflow/rf-detr-medium", COCO),),
+    "rf_detr_base": (_hf("Roboflow/rf-detr-base", COCO), _hf("Roboflow/rf-detr-base-2", COCO)),
+    "rf_detr_large": (_hf("Roboflow/rf-detr-large", COCO),),
 }

@@ -18,7 +18,7 @@ from saccade.backbones.windowed_vit import WindowedViTConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models.detector import BoxTargets, DetectionOutputs, LayerOutputs
-from saccade.models.lw_detr import LWDETRConfig
+from saccade.models.lw_detr import LWDETRConfig, RFDETRConfig
 from saccade.weights.formats.detection_loss import loss_by_layers
 from saccade.weights.formats.lw_detr_names import (
     LW,
@@ -40,6 +40,7 @@ from saccade.weights.formats.reference import FileNamed, transformers_places
 from saccade.weights.formats.table import DetectorPeer, Format, ReferenceLoss, Shapes, Stage
 from saccade.weights.formats.vit_names import depth_of
 
+ROWS = {LW: LWDETRConfig, RF: RFDETRConfig}
 PREPROCESSING = PreprocessingConfig(image_size=640, stride=64, interpolation="bilinear")
 HEAD_WIDTH, CROSS_HEAD_WIDTH = 32, 16  # of the published models; the original files do not say it
 MASK_TOKEN = "*embeddings.mask_token"  # serves training without labels
@@ -94,7 +95,7 @@ def _plain_row(shapes: Shapes, names: Spelling) -> LWDETRConfig:
         norm=names.kind == RF,
         resize="bicubic" if names.kind == LW else "antialias",
     )
-    return LWDETRConfig(
+    return ROWS[names.kind](
         backbone=backbone,
         dim=width,
         heads=width // HEAD_WIDTH,
@@ -105,7 +106,6 @@ def _plain_row(shapes: Shapes, names: Spelling) -> LWDETRConfig:
         queries=shapes[names.tables[1]][0] // groups,
         groups=groups,
         scales=scales,
-        norm="batch" if names.kind == LW else "layer",
     )
 
 
@@ -269,6 +269,14 @@ def _outputs(model: Any, images: Tensor) -> DetectionOutputs:
             "transformers cuts the windows of a picture that is not square out of places that do not belong together; "
             "compare an RF-DETR on squares"
         )
+    body = model.config.backbone_config
+    scales = getattr(model.config, "projector_scale_factors", (1.0,))
+    places = images.shape[2] * images.shape[3] / body.patch_size**2 * sum(scale**2 for scale in scales)
+    if places < model.config.num_queries:
+        raise UserError(
+            f"transformers needs a place for each of its {model.config.num_queries} queries, and pictures of "
+            f"{images.shape[2]} x {images.shape[3]} pixels have {places:.0f}; compare larger ones"
+        )
     answer = model(pixel_values=images)
     states = answer.intermediate_hidden_states[:-1]  # of the blocks before the last, normed
     boxes = refine_bboxes(answer.intermediate_reference_points, model.bbox_embed(states))
@@ -355,7 +363,7 @@ def _format(dialect: str, names: Spelling, stated: tuple[str | None, ...], *, id
 
     return Format(
         dialect=dialect,
-        family=LWDETRConfig.family,
+        family=kind,
         recognises=recognises,
         row=lambda shapes, config: _row(shapes, config, names),
         classes=lambda shapes, config: shapes["class_embed.weight"][0],
