@@ -191,7 +191,7 @@ class Block:
         )
         for other in others:
             first += other
-        return first.view(*self.shape[:3], -1)
+        return first.view(*self.shape[:3], self.cells.shape[1])
 
     def gradients_of_points(self, grad: Float[Tensor, "R Q D"], of_places: Tensor, of_weights: Tensor) -> None:
         """Written to `of_places` (B, Q, 2, H, K) and `of_weights` (B, Q, H, K)."""

@@ -172,6 +172,25 @@ def test_halves_are_summed_as_floats(dtype):
     assert out.dtype == dtype and torch.equal(out, exact.to(dtype))
 
 
+def test_no_queries():
+    layer = draw_module()
+    query, reference, source = draw_tokens("boxes", per_level=False, queries=0)
+    out = layer(query, reference, source, LEVELS)
+    assert out.shape == (2, 0, DIM)
+    out.sum().backward()
+    assert source.grad is not None and not source.grad.any()
+
+
+def test_more_cells_than_numbers_of_16_bits():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 190 * 200, 1, 2, generator=generator, requires_grad=True)
+    locations = torch.rand(1, 4, 1, 3, 2, generator=generator, requires_grad=True)
+    weights = torch.randn(1, 4, 1, 3, generator=generator, requires_grad=True)
+    inputs = values, [(190, 200)], [3], locations, weights
+    assert deformable.sheet_of(((190, 200),), (3,)).cells > deformable.CELLS_AT_ONCE
+    assert_same(deformable_sampling(*inputs), by_grid(*inputs), (values, locations, weights), 1e-4)
+
+
 def test_errors_name_what_does_not_fit():
     values, locations, weights = draw("pyramid")
     shapes, points, _ = CASES["pyramid"]
