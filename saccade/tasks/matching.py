@@ -91,7 +91,7 @@ def assign(cost: Float[Tensor, "L M Q"], targets: BoxTargets) -> Matches:
     """A pair whose cost is not finite is taken only where a thing of that picture would have no query otherwise."""
     from scipy.optimize import linear_sum_assignment  # slow to import, so only where it is needed
 
-    values = cost.double().cpu().numpy()
+    values = cost.cpu().double().numpy()
     counts = np.bincount(targets.picture.cpu().numpy(), minlength=1)
     ends = np.cumsum(counts)
     queries: list[np.ndarray] = []
