@@ -19,6 +19,7 @@ from saccade.errors import UserError
 from saccade.models import build_network, read_row
 from saccade.models.detector import Detector, DetectorRow
 from saccade.verification.certificate import FORMAT, compare_recorded, read_certificate, record
+from saccade.verification.choices import Choices
 from saccade.verification.compare import (
     DTYPES,
     TOLERANCES,
@@ -117,8 +118,11 @@ def verify(
     comparisons: dict[str, Comparison] = {}
     recorded: dict[str, Any] = {}
     for name in dtypes:
-        ours = _ours(subject, pictures, name)
-        theirs = _theirs(subject, reference, pictures, name, list(ours.gradients))
+        choices = Choices(TOLERANCES[name].logits)
+        with choices.noted():
+            ours = _ours(subject, pictures, name)
+        with choices.repeated():
+            theirs = _theirs(subject, reference, pictures, name, list(ours.gradients))
         comparisons[name] = compare(ours, theirs, _stage_names(subject), TOLERANCES[name])
         if (answers := record(theirs)) is not None:
             recorded[name] = answers
