@@ -50,14 +50,15 @@ def train(data: str | None = None, *, resume: str | None = None, show: bool = Tr
     return run(data, resume=resume, show=show, settings=settings)
 
 
-def load(source: str, *, device: str = "auto", precision: str = "auto") -> Model:
-    """A model: `.network`, `.class_names`, `.preprocessing`, `.predict(...)`.
+def load(source: str, *, device: str = "auto", precision: str = "auto") -> Any:
+    """A Model of pictures: `.network`, `.class_names`, `.preprocessing`, `.predict(...)`; or a TextModel, which
+    translates: `.translate(...)`, `.stream(...)`.
 
     From a run folder, a model file, or weights of another library: a hub name, a folder, a file.
     """
-    from saccade.engine.predict import Model
+    from saccade.engine.translate import open_model
 
-    return Model.load(source, device=device, precision=precision)
+    return open_model(source, device=device, precision=precision)
 
 
 def evaluate(

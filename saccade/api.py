@@ -12,14 +12,16 @@ from saccade.data.decode import Picture
 from saccade.data.loader import eval_batches, measure_sizes
 from saccade.data.source import Source
 from saccade.data.sources import fit_to_pictures, open_source
+from saccade.data.text.parallel import open_pairs
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
-from saccade.engine.predict import Model
 from saccade.engine.run_folder import resume_config
+from saccade.engine.translate import BEAMS, TextModel, open_model
 from saccade.errors import UserError
 from saccade.metrics.detection_errors import PictureMistakes
 from saccade.metrics.detection_report import DetectionReport
+from saccade.metrics.translation import TranslationReport
 from saccade.predictions.mistakes_sheet import Compared, mistakes_sheet
 from saccade.recipes import resolve
 
@@ -45,14 +47,19 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     unreadable: list[str] | None = None,
     notes: list[str] | None = None,
+    beams: int | None = None,
 ) -> Any:
     """Run a model over data with its truth. `progress(done, total)` is called after each batch.
 
     What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count. What of
-    the truth is left out because it does not fit its picture is added to `notes`.
+    the truth is left out because it does not fit its picture is added to `notes`. `beams`: of a model of texts.
     """
     failed: list[str] = [] if unreadable is None else unreadable
-    loaded = Model.load(model, device=device)
+    loaded = open_model(model, device=device)
+    if isinstance(loaded, TextModel):
+        return evaluate_texts(loaded, Path(data), split, beams, progress)
+    if beams is not None:
+        raise UserError(f"--beams {beams}: is for translating, and {model} is a model of pictures")
     source = with_class_names(open_source(Path(data), split), loaded.class_names, str(model))
     config = DataConfig()
     sizes = measure_sizes(source, config)
@@ -84,6 +91,20 @@ def evaluate(
     if failed and unreadable is None:
         warnings.warn(f"{len(failed)} pictures could not be read and do not count:\n" + "\n".join(failed), stacklevel=3)
     return report
+
+
+def evaluate_texts(
+    model: TextModel, data: Path, split: str | None, beams: int | None, progress: Callable[[int, int], None] | None
+) -> TranslationReport:
+    pairs, done = open_pairs(data, split), 0
+
+    def count(texts: int) -> None:
+        nonlocal done
+        done += texts
+        if progress is not None:
+            progress(done, len(pairs))
+
+    return model.evaluate(pairs, beams=BEAMS if beams is None else beams, progress=count)
 
 
 def save_report(report: Any, folder: Path, data: str, *, split: str | None = None) -> tuple[str, ...]:

@@ -179,7 +179,8 @@ def run_train(options: argparse.Namespace) -> int:
             print(f"kept model on the validation split: {figures}")
             if result.unreadable:
                 print(f"{len(result.unreadable)} pictures could not be read and were left out")
-            print(f"next: saccade predict {result.folder} PICTURE --save out/")
+            shown = '"A TEXT."' if "bleu" in result.metrics else "PICTURE"
+            print(f"next: saccade predict {result.folder} {shown} --save out/")
     return 0 if result.finished else 128 + (result.signal or 2)
 
 
@@ -190,6 +191,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run folder or model file")
     parser.add_argument("data", help="data with its truth: a split's folder, or a data set (then its val or --split)")
     parser.add_argument("--split", help="which split of the data set")
+    parser.add_argument("--beams", type=positive, metavar="N", help="attempts side by side at a translation (4)")
     parser.add_argument("--out", help="folder for figures and charts; for boxes also the pictures with most mistakes")
     add_common(parser)
 
@@ -220,7 +222,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Measure a model on data with its truth.
 
     Of labels: top-1 and top-5, figures per class, confusion, calibration. Of boxes: COCO's average precision, per class
-    and size, precision and recall, the best threshold, and the kinds of mistakes.
+    and size, precision and recall, the best threshold, and the kinds of mistakes. Of texts: BLEU and chrF by sacreBLEU,
+    loss and speed.
     """
     from pathlib import Path
 
@@ -242,6 +245,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             progress=progress,
             unreadable=unreadable,
             notes=notes,
+            beams=options.beams,
         )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -259,7 +263,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run folder or model file")
-    parser.add_argument("inputs", nargs="+", metavar="PICTURE", help="pictures and folders of pictures")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="pictures and folders of pictures; or texts, for a model of texts"
+    )
+    parser.add_argument("--input", metavar="FILE", help="a file with a text in each line, for a model of texts")
+    parser.add_argument("--beams", type=positive, metavar="N", help="attempts side by side at a translation (4)")
     parser.add_argument("--save", metavar="DIR", help="save a picture of each prediction, and of why, here")
     parser.add_argument(
         "--threshold",
@@ -286,22 +294,31 @@ def share(text: str) -> float:
 
 
 def run_predict(options: argparse.Namespace) -> int:
-    """Name what is in pictures, or find it. With --save, draw each with its labels and what the model looked at.
+    """Name what is in pictures, or find it, or translate texts. With --save, draw why.
 
     saccade predict runs/photos photo.jpg --save out/
     saccade predict runs/cells images/ --threshold 0.3 --json
     saccade predict runs/cells images/ --coco test.json > results.json
+    saccade predict runs/multi30k "A dog runs through the snow." --save out/
+    saccade predict Helsinki-NLP/opus-mt-en-de --input lines.txt
 
     --json prints a list with an object for each picture: source, label, score and top; or source, width, height and
     detections, each with label, class, score and box (left, top, right, bottom in pixels).
     """
     from pathlib import Path
 
-    from saccade.engine.predict import Model
     from saccade.engine.progress import counter
+    from saccade.engine.translate import TextModel, open_model
     from saccade.predictions import CocoIds
 
-    model = Model.load(options.model, device=options.device)
+    model = open_model(options.model, device=options.device)
+    if isinstance(model, TextModel):
+        return predict_texts(model, options)
+    for flag, value in (("--input", options.input), ("--beams", options.beams)):
+        if value is not None:
+            raise UserError(f"{flag} {value}: is for translating, and {options.model} is a model of pictures")
+    if not options.inputs:
+        raise UserError("no pictures given: saccade predict MODEL PICTURE ...")
     if options.coco is not None and model.task.usual_threshold is None:
         raise UserError(f"--coco {options.coco}: is for detections, and {options.model} gives classes")
     ids = None if options.coco is None else CocoIds.read(options.coco, model.class_names)
@@ -333,6 +350,42 @@ def run_predict(options: argparse.Namespace) -> int:
             (failed[0] if len(failed) == 1 else "".join(f"\n  {line}" for line in failed))
             + ("" if len(failed) == 1 else f"\n{len(failed)} pictures could not be read; the others are done")
         )
+    return 0
+
+
+def predict_texts(model: Any, options: argparse.Namespace) -> int:
+    """A line for each text."""
+    from saccade.data.text.parallel import read_texts
+    from saccade.engine.progress import counter
+
+    for flag, value in (("--threshold", options.threshold), ("--coco", options.coco)):
+        if value is not None:
+            raise UserError(f"{flag} {value}: is for pictures, and {options.model} translates texts")
+    if (options.input is None) == (not options.inputs):
+        raise UserError('give texts, as in `saccade predict MODEL "A dog runs."`, or a file of them by --input')
+    texts = options.inputs if options.input is None else read_texts(options.input)
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{options.input or 'the text'}: is empty; there is nothing to translate")
+    saved: list[dict[str, Any]] = []
+    with counter("translating") as progress:
+        for result in model.each(
+            texts,
+            beams=options.beams or 4,
+            explained=options.save is not None,
+            batch_size=options.batch_size,
+            progress=progress,
+        ):
+            facts = result.to_dict()
+            if options.save is not None and result.relevance is not None:
+                facts["picture"] = str(result.save(options.save))
+            if options.json:
+                saved.append(facts)
+            else:
+                print(result)
+            if result.note:
+                print(f"note: {result.source[:40]!r}...: {result.note}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(saved, ensure_ascii=False))
     return 0
 
 

@@ -23,6 +23,7 @@ from saccade.engine.evaluate import Normalise
 from saccade.errors import UserError
 from saccade.models import Network
 from saccade.models.embedder import Embedder
+from saccade.models.translator import Translator
 from saccade.tasks import PictureTask, build_picture_task
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard
@@ -54,6 +55,12 @@ class Model:
     def load(cls, source: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
         """From a run folder, a model file, or weights of another library (a hub name, a folder, a file)."""
         network, card = load_network(source)
+        if isinstance(network, Translator):
+            raise UserError(f"{source}: a {card.model}, which translates texts; this is for models of pictures")
+        return cls.of(network, card, device=device, precision=precision)
+
+    @classmethod
+    def of(cls, network: Network, card: ModelCard, *, device: str = "auto", precision: str = "auto") -> Model:
         place = choose_device(device)
         return cls(network.to(place), card, place, choose_precision(precision, place))
 

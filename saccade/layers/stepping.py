@@ -30,6 +30,7 @@ class PackedLinear:
                 self.packed = None
 
     def __call__(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        x = x.to(self.weight.dtype)  # autocast knows nothing of the operator below
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

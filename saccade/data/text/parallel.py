@@ -153,6 +153,14 @@ def open_pairs(path: Path, split: str | None, source: str | None = None, target:
     return _to_measure(found, path, split)
 
 
+def read_texts(path: str | Path) -> list[str]:
+    """The lines of a file, plain or .gz."""
+    problems: list[Problem] = []
+    lines = _read_lines(Path(path), problems)
+    raise_problems(problems, str(path))
+    return lines or []
+
+
 def _to_measure(found: FoundPairs, path: Path, split: str | None) -> Pairs:
     names = list(found.splits)
     if split is None:

@@ -1,0 +1,254 @@
+"""A trained translator and what it makes of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saccade.config import DecodingConfig, RunConfig, TextConfig
+from saccade.data.text.batches import EncodedPairs, eval_batches
+from saccade.data.text.parallel import Pairs
+from saccade.decoding import Hypothesis, beam_search, sample, stream
+from saccade.engine.device import choose_device
+from saccade.engine.distributed import World
+from saccade.engine.evaluate import evaluate_batches
+from saccade.engine.predict import Model
+from saccade.errors import UserError
+from saccade.metrics.translation import TranslationReport
+from saccade.models.translator import Translator
+from saccade.predictions.translation import Translation
+from saccade.tasks.translation import TranslationTask
+from saccade.tokenizer import Tokenizer, read_tokenizer
+from saccade.weights.convert import check_tokenizer
+from saccade.weights.load import load_network
+from saccade.weights.model_file import ModelCard
+
+BEAMS = 4
+BATCH = 32  # texts at a time
+READ_AHEAD = 32  # batches whose texts are sorted by length
+ROOM = 20  # tokens that a translation may have beside twice its text's
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A translator with all that is needed to use it. It computes in float32, whatever the device."""
+
+    network: Translator
+    tokenizer: Tokenizer
+    card: ModelCard
+    device: torch.device
+
+    @classmethod
+    def load(cls, source: str | Path, *, device: str = "auto") -> TextModel:
+        """From a run folder, a model file, or Marian's weights (a hub name or a folder)."""
+        model = open_model(source, device=device)
+        if not isinstance(model, cls):
+            raise UserError(f"{source}: a {model.card.model}, which does not translate")
+        return model
+
+    def translate(
+        self,
+        texts: str | Iterable[str],
+        *,
+        beams: int = BEAMS,
+        length_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        explained: bool = False,
+        batch_size: int = BATCH,
+    ) -> list[Translation]:
+        """Translations in the order given, by beam search; with a `temperature` they are drawn instead.
+
+        `explained`: each carries which words it came from. An empty text has an empty translation. One that is longer
+        than the model can take is cut, which its `note` says.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        search = _Search(beams, length_penalty, temperature, top_k, top_p, seed)
+        return list(self._each(given, search, explained, batch_size, None))
+
+    def each(
+        self,
+        texts: Sequence[str],
+        *,
+        beams: int = BEAMS,
+        length_penalty: float = 1.0,
+        explained: bool = False,
+        batch_size: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Translation]:
+        """As `translate`, one after the other while it goes."""
+        search = _Search(beams, length_penalty, None, None, 1.0, 0)
+        return self._each(texts, search, explained, batch_size or BATCH, progress)
+
+    def stream(self, text: str) -> Iterator[str]:
+        """The likeliest translation piece by piece, each as soon as it is known."""
+        tokens, _ = self._encoded(text)
+        said: list[int] = []
+        shown = ""
+        if len(tokens) <= 1:
+            return
+        for token in stream(self.network, torch.tensor([tokens], device=self.device), self._most(len(tokens))):
+            said.append(token)
+            whole = self.tokenizer.decode([said])[0]
+            if len(whole) > len(shown):
+                yield whole[len(shown) :]
+                shown = whole
+
+    def evaluate(
+        self,
+        pairs: Pairs,
+        *,
+        beams: int = BEAMS,
+        length_penalty: float = 1.0,
+        batch_tokens: int = 4096,
+        progress: Callable[[int], None] | None = None,
+    ) -> TranslationReport:
+        """BLEU, chrF, loss and speed on texts with their translations."""
+        most = self.network.config.max_length
+        decoding = DecodingConfig(beams=beams, length_penalty=length_penalty)
+        config = RunConfig(data="", text=TextConfig(max_length=min(most, 4096)), decoding=decoding)
+        task = TranslationTask(self.tokenizer, config, self.network.config)
+        sides = [self.tokenizer.encode(side, target=k == 1) for k, side in enumerate((pairs.sources, pairs.targets))]
+        cut = [[self._cut(each) for each in side] for side in sides]
+        encoded = EncodedPairs(cut[0], cut[1], self.tokenizer.pad)
+        return evaluate_batches(
+            self.network,
+            eval_batches(pairs, encoded, batch_tokens),
+            task,
+            lambda batch: batch.source,
+            self.device,
+            torch.float32,
+            World(),
+            progress,
+        )
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _each(
+        self,
+        texts: Sequence[str],
+        search: _Search,
+        explained: bool,
+        batch_size: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Iterator[Translation]:
+        chunk = batch_size * READ_AHEAD
+        for start in range(0, len(texts), chunk):
+            part = texts[start : start + chunk]
+            encoded = [self._encoded(text) for text in part]
+            order = np.argsort([len(tokens) for tokens, _ in encoded], kind="stable")
+            found: dict[int, Translation] = {}
+            for first in range(0, len(order), batch_size):
+                members = [int(i) for i in order[first : first + batch_size]]
+                full = [i for i in members if len(encoded[i][0]) > 1]
+                source = self._padded([encoded[i][0] for i in full])
+                for i, hypothesis in zip(full, search(self.network, source, self._most(source.shape[1])), strict=True):
+                    found[i] = self._translation(part[i], encoded[i], hypothesis, explained, search.scored)
+                for i in set(members) - set(full):
+                    found[i] = Translation(part[i], "")
+                if progress is not None:
+                    progress(start + first + len(members), len(texts))
+            yield from (found[i] for i in range(len(part)))
+
+    def _encoded(self, text: str) -> tuple[list[int], str]:
+        (tokens,) = self.tokenizer.encode([text])
+        most = self.network.config.max_length
+        note = f"cut after {most} of {len(tokens)} tokens, which is all that the model can take"
+        return self._cut(tokens), note if len(tokens) > most else ""
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        most = self.network.config.max_length
+        return tokens if len(tokens) <= most else [*tokens[: most - 1], self.tokenizer.end]
+
+    def _most(self, length: int) -> int:
+        """Of tokens of a translation: more than twice its text's are only repetition."""
+        return min(self.network.config.max_length, 2 * length + ROOM)
+
+    def _padded(self, rows: list[list[int]]) -> Tensor:
+        width = max(map(len, rows), default=1)
+        filled = [[*row, *[self.tokenizer.pad] * (width - len(row))] for row in rows]
+        return torch.tensor(filled, dtype=torch.long, device=self.device).view(-1, width)
+
+    def _translation(
+        self, text: str, encoded: tuple[list[int], str], hypothesis: Hypothesis, explained: bool, scored: bool
+    ) -> Translation:
+        tokens, note = encoded
+        (translated,) = self.tokenizer.decode([hypothesis.tokens])
+        result = Translation(text, translated, hypothesis.score if scored else None, hypothesis.cut, note)
+        if not explained:
+            return result
+        said = [*hypothesis.tokens, self.tokenizer.end]
+        source = torch.tensor([tokens], device=self.device)
+        inputs = torch.tensor([[self.network.config.begin, *said[:-1]]], device=self.device)
+        with torch.no_grad():
+            _, weights = self.network.with_alignment(source, inputs)
+        return replace(
+            result,
+            source_tokens=(*self.tokenizer.pieces(tokens, target=False), "■"),
+            tokens=(*self.tokenizer.pieces(said), "■"),
+            alignment=None if weights is None else weights[0].cpu().numpy(),
+            relevance=relevance(self.network, source, inputs, said),
+        )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How translations are found."""
+
+    beams: int
+    length_penalty: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float
+    seed: int
+
+    @property
+    def scored(self) -> bool:
+        return self.temperature is None
+
+    def __call__(self, network: Translator, source: Tensor, most: int) -> list[Hypothesis]:
+        if self.temperature is None:
+            found = beam_search(network, source, most, beams=self.beams, length_penalty=self.length_penalty)
+            return [several[0] for several in found]
+        generator = torch.Generator(source.device).manual_seed(self.seed)
+        drawn = sample(
+            network, source, most, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator
+        )
+        return [Hypothesis(tuple(tokens), 0.0, len(tokens) == most - 1) for tokens in drawn]
+
+
+def relevance(network: Translator, source: Tensor, inputs: Tensor, said: Sequence[int]) -> np.ndarray:
+    """(T, S): how much the logarithm of each token's probability hangs on each token of the text.
+
+    The size of gradient times input, summed over channels (https://arxiv.org/abs/1312.6034 has the gradient alone);
+    rows sum to one.
+    """
+    with torch.enable_grad():
+        embedded = network.embed_source(source).detach().requires_grad_()
+        scores = network.scores(network.hidden(source, inputs, embedded))[0].log_softmax(dim=-1)
+        rows = []
+        for place, token in enumerate(said):
+            (gradient,) = torch.autograd.grad(scores[place, token], embedded, retain_graph=True)
+            rows.append((gradient * embedded).sum(dim=-1).abs()[0].detach())
+    table = torch.stack(rows)
+    return (table / table.sum(dim=1, keepdim=True).clamp_min(1e-30)).cpu().numpy()
+
+
+def open_model(source: str | Path, *, device: str = "auto", precision: str = "auto") -> Model | TextModel:
+    """A model of pictures or of texts, whichever it is."""
+    network, card = load_network(source)
+    if not isinstance(network, Translator):
+        return Model.of(network, card, device=device, precision=precision)
+    if card.tokenizer is None:
+        raise UserError(f"{source}: holds no tokenizer, without which it cannot read; get the file anew")
+    tokenizer = read_tokenizer(card.tokenizer, str(source))
+    check_tokenizer(network.config, tokenizer, str(source))
+    place = choose_device(device)
+    return TextModel(network.to(place), tokenizer, card, place)

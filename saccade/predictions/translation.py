@@ -1,0 +1,96 @@
+"""What a model says in another language: the text, and which words it came from."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from saccade.drawing import FAINT, chart_style
+from saccade.errors import UserError
+from saccade.predictions.cards import write_new
+
+INCH = 0.34  # of a token's row or column
+LONG = 60  # tokens; more cannot be read in one picture
+NAME = 40  # letters of a file's name
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """The translation of one text."""
+
+    source: str
+    text: str
+    score: float | None = None  # mean logarithm of its tokens' probabilities; none where it was drawn or greedy
+    cut: bool = False  # it ended by the limit, not by itself
+    note: str = ""  # what was changed on the way
+    source_tokens: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()  # of the translation; the last is its end
+    # what each token of the translation was taken from (T, S): attention, none of models without; rows sum to one
+    alignment: np.ndarray | None = field(default=None, repr=False)
+    # how much each token's probability hangs on each of the text, by gradients (T, S); rows sum to one
+    relevance: np.ndarray | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        facts: dict[str, Any] = {"source": self.source, "translation": self.text, "score": self.score, "cut": self.cut}
+        if self.note:
+            facts["note"] = self.note
+        if self.relevance is not None:
+            facts |= {"source_tokens": list(self.source_tokens), "tokens": list(self.tokens)}
+            for name in ("alignment", "relevance"):
+                table = getattr(self, name)
+                facts[name] = None if table is None else [[round(float(share), 5) for share in row] for row in table]
+        return facts
+
+    def save(self, path: str | Path) -> Path:
+        """Draw which words of the text each word came from; the same as data lies beside it as JSON.
+
+        A path without a suffix is a folder, in which the file is named after the text. No file is ever overwritten.
+        Returns where the picture is.
+        """
+        if self.relevance is None:
+            raise UserError("there is nothing to draw: translate with explained=True, or with --save")
+        named = "".join(letter if letter.isalnum() else "-" for letter in self.source[:NAME]).strip("-") or "text"
+        written = write_new(self._draw(), path, f"{named}.png")
+        data = written.with_suffix(".json")
+        try:
+            data.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{data}: cannot be written ({error.strerror or error})") from None
+        return written
+
+    def _draw(self) -> Image.Image:
+        from matplotlib.figure import Figure
+
+        assert self.relevance is not None
+        tables = [("relevance, by gradients", self.relevance)]
+        if self.alignment is not None:
+            tables.insert(0, ("attention to the text", self.alignment))
+        T, S = (min(LONG, length) for length in self.relevance.shape)
+        with chart_style():
+            width = len(tables) * (INCH * S + 1.6) + 0.4
+            figure = Figure(figsize=(max(width, 4.5), max(INCH * T + 2.0, 3.0)), layout="constrained")
+            axes = figure.subplots(1, len(tables), squeeze=False)[0]
+            for axis, (title, table) in zip(axes, tables, strict=True):
+                axis.imshow(table[:T, :S], cmap="Blues", vmin=0, vmax=max(float(table.max()), 1e-6), aspect="auto")
+                axis.set_title(title)
+                names = [name.replace(" ", "", 1) or "␣" for name in self.source_tokens[:S]]
+                axis.set_xticks(range(S), names, rotation=60, ha="left", rotation_mode="anchor")
+                axis.set_yticks(range(T), [name.replace(" ", "", 1) or "␣" for name in self.tokens[:T]])
+                axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+                for spine in axis.spines.values():
+                    spine.set_visible(False)
+            if self.relevance.shape != (T, S):
+                figure.supxlabel(f"the first {LONG} tokens of either side", fontsize=9, color=FAINT)
+            file = io.BytesIO()
+            figure.savefig(file, dpi=130, format="png")
+        return Image.open(file).convert("RGB")

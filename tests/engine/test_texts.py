@@ -1,0 +1,188 @@
+"""A model of texts in use: order, empty and too long texts, streams, explanations, the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import saccade
+from saccade.cli import main
+from saccade.config import PreprocessingConfig
+from saccade.data.text.parallel import open_pairs
+from saccade.engine.translate import TextModel, relevance
+from saccade.errors import UserError
+from saccade.models import build_network, model_row
+from saccade.models.translator import Translator, TranslatorRow
+from saccade.tokenizer import learn_tokenizer
+from saccade.weights.load import load_network
+from saccade.weights.model_file import ModelCard, save_model
+
+TEXT = ["A dog runs here.", "A cat sleeps outside.", "Ein Hund rennt hier.", "Eine Katze schläft draußen."]
+
+
+def make_model(path: Path, name: str = "transformer_tiny", **changes: Any) -> Path:
+    """Random weights, with a tokenizer of their own."""
+    tokenizer = learn_tokenizer(TEXT, 90)
+    row = model_row(name)
+    assert isinstance(row, TranslatorRow)
+    row = replace(row, width=16, vocabulary=tokenizer.size, max_length=24, **changes)
+    torch.manual_seed(0)
+    network = build_network(row, 0)
+    assert isinstance(network, Translator)
+    card = ModelCard("translate", name, row.to_dict(), (), PreprocessingConfig(), tokenizer=tokenizer.to_text())
+    save_model(path, network.state_dict(), card)
+    return path
+
+
+@pytest.fixture(scope="module", params=["transformer_tiny", "lstm", "gru_attention"])
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    changes = {"heads": 2, "hidden": 24, "encoder_depth": 1} if request.param == "transformer_tiny" else {}
+    return make_model(folder / f"{request.param}.safetensors", request.param, **changes)
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> TextModel:
+    return saccade.load(str(file), device="cpu")
+
+
+def test_order_and_batches_change_nothing(model: TextModel) -> None:
+    texts = ["A dog runs here.", "", "A cat.", "A cat sleeps outside and a dog runs here.", "dog"]
+    together = model.translate(texts, batch_size=2)
+    assert [each.source for each in together] == texts
+    assert together[1].text == "" and together[1].score is None
+    for text, result in zip(texts, together, strict=True):
+        alone = model.translate(text)[0]
+        assert alone.text == result.text
+        assert alone.score == pytest.approx(result.score, abs=1e-4)
+
+
+def test_a_text_that_is_too_long_is_cut_and_said(model: TextModel) -> None:
+    (result,) = model.translate("dog " * 60)
+    assert result.note.startswith("cut after 24 of")
+    assert model.translate("dog")[0].note == ""
+
+
+def test_stream_is_the_likeliest_translation(model: TextModel) -> None:
+    pieces = list(model.stream("A dog runs here."))
+    assert "".join(pieces) == model.translate("A dog runs here.", temperature=1.0, top_k=1)[0].text
+    assert list(model.stream("")) == []
+
+
+def test_drawn_translations_depend_on_the_seed(model: TextModel) -> None:
+    def drawn(seed: int) -> list[str]:
+        return [each.text for each in model.translate(TEXT, temperature=1.5, seed=seed)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_explanations(model: TextModel, tmp_path: Path) -> None:
+    (result,) = model.translate("A dog runs here.", explained=True)
+    T, S = len(result.tokens), len(result.source_tokens)
+    assert "".join(result.source_tokens) == " A dog runs here.■" and result.tokens[-1] == "■"
+    assert result.relevance is not None and result.relevance.shape == (T, S)
+    np.testing.assert_allclose(result.relevance.sum(axis=1), 1, rtol=1e-4)
+    assert (result.alignment is None) == (model.card.model == "lstm")
+    if result.alignment is not None:
+        assert result.alignment.shape == (T, S)
+        np.testing.assert_allclose(result.alignment.sum(axis=1), 1, rtol=1e-4)
+    picture = result.save(tmp_path)
+    assert Image.open(picture).size[0] > 300
+    data = json.loads(picture.with_suffix(".json").read_text())
+    assert np.asarray(data["relevance"]).shape == (T, S) and data["translation"] == result.text
+    assert result.save(tmp_path) != picture
+    with pytest.raises(UserError, match="nothing to draw"):
+        model.translate("A dog.")[0].save(tmp_path)
+
+
+def test_relevance_sees_what_is_copied() -> None:
+    """Of a model that can only say the first word of its text again, that word alone is relevant."""
+
+    class Copying(torch.nn.Module):
+        def embed_source(self, source: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(source, 9).float()
+
+        def hidden(self, source: torch.Tensor, inputs: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+            return embedded[:, :1].expand(-1, inputs.shape[1], -1)
+
+        def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+            return 3 * hidden
+
+    table = relevance(Copying(), torch.tensor([[4, 5, 6]]), torch.tensor([[1, 4]]), [4, 4])  # pyright: ignore
+    np.testing.assert_allclose(table, [[1, 0, 0], [1, 0, 0]], atol=1e-6)
+
+
+def test_in_low_precision(model: TextModel) -> None:
+    """As in an evaluation during training on a processor with bfloat16."""
+    source = torch.tensor([[5, 6, 7, 2]])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits = model.network.begin(source).advance(torch.tensor([[1]]))
+        expected = model.network(source, torch.tensor([[1]])).logits
+    torch.testing.assert_close(logits.float(), expected.float(), atol=0.1, rtol=0.1)
+
+
+def test_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines.txt").write_text("A dog runs.\n\nA cat sleeps.\n")
+    assert main(["predict", str(file), "--input", str(tmp_path / "lines.txt"), "--device=cpu"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main(["predict", str(file), "A dog runs.", "--json", "--device=cpu", "--save", str(tmp_path / "out")]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)
+    assert facts["source"] == "A dog runs." and Path(facts["picture"]).exists()
+    for arguments, message in (
+        (["predict", file], "give texts"),
+        (["predict", file, " "], "nothing to translate"),
+        (["predict", file, "A dog.", "--coco", "x.json"], "is for pictures"),
+        (["predict", file, "--input", tmp_path / "none.txt"], "cannot be read"),
+        (["embed", file, tmp_path, "--out", tmp_path / "v.npz"], "translates texts"),
+    ):
+        assert main([str(each) for each in arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_evaluate(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for language, lines in (("en", TEXT[:2]), ("de", TEXT[2:])):
+        (tmp_path / f"test_small.{language}").write_text("\n".join(lines) + "\n")
+    report = saccade.evaluate(str(file), str(tmp_path), split="test", device="cpu")
+    assert report.texts == 2 and "tok:13a" in report.bleu_signature and "nc:6" in report.chrf_signature
+    assert report.perplexity == pytest.approx(np.exp(report.loss)) and report.tokens_per_second > 0
+    arguments = ["evaluate", str(file), str(tmp_path), "--beams=2", "--device=cpu", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert "2 beams" in capsys.readouterr().out
+    lines = (tmp_path / "out" / "translations.tsv").read_text().splitlines()
+    assert len(lines) == 3 and json.loads((tmp_path / "out" / "metrics.json").read_text())["texts"] == 2
+
+
+def test_loss_of_an_evaluation_is_of_every_token_alike(model: TextModel, tmp_path: Path) -> None:
+    for language, lines in (("en", TEXT[:2]), ("de", TEXT[2:])):
+        (tmp_path / f"val.{language}").write_text("\n".join(lines) + "\n")
+    pairs = open_pairs(tmp_path, None)
+    report = model.evaluate(pairs, beams=1)
+    total, count = 0.0, 0
+    for text, wanted in zip(pairs.sources, pairs.targets, strict=True):
+        source = torch.tensor(model.tokenizer.encode([text]))
+        target = torch.tensor(model.tokenizer.encode([wanted], target=True)[0])
+        inputs = torch.tensor([[1, *target[:-1].tolist()]])
+        with torch.no_grad():
+            logits = model.network(source, inputs).logits[0]
+        total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+        count += len(target)
+    assert report.tokens == count and report.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_tokenizer_of_another_model(file: Path, tmp_path: Path) -> None:
+    network, card = load_network(file)
+    for tokenizer, message in (
+        (learn_tokenizer(TEXT + ["xyz & qvw ! 123"], 300).to_text(), "not of one model"),
+        (None, "holds no tokenizer"),
+        ("{}", "its tokenizer is damaged"),
+    ):
+        save_model(tmp_path / "m.safetensors", network.state_dict(), replace(card, tokenizer=tokenizer))
+        with pytest.raises(UserError, match=message):
+            TextModel.load(tmp_path / "m.safetensors")

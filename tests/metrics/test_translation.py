@@ -1,0 +1,46 @@
+"""BLEU and chrF are sacreBLEU's own figures, for any batching and any number of processes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import sacrebleu
+
+from saccade.errors import UserError
+from saccade.metrics.translation import Example, TranslationMetric
+
+SAID = ["Ein Hund rennt im Schnee.", "Zwei Männer stehen draußen.", "Eine Katze schläft auf dem Sofa."]
+MEANT = ["Ein Hund läuft durch den Schnee.", "Zwei Männer stehen draußen.", "Die Katze schläft auf einem Sofa."]
+
+
+def filled(chosen: list[int]) -> TranslationMetric:
+    metric = TranslationMetric("greedy")
+    for i in chosen:
+        metric.update([Example(i, f"source {i}", SAID[i], MEANT[i])], [2.0 * (i + 1)], 4, 5, 0.5)
+    return metric
+
+
+def test_figures_are_those_of_the_library() -> None:
+    report = filled([2, 0, 1]).compute()
+    assert report.bleu == sacrebleu.corpus_bleu(SAID, [MEANT]).score
+    assert report.chrf == sacrebleu.corpus_chrf(SAID, [MEANT]).score
+    assert "tok:13a" in report.bleu_signature and sacrebleu.__version__ in report.bleu_signature
+    assert report.loss == 1.0 and report.perplexity == math.e
+    assert (report.texts, report.tokens, report.written, report.tokens_per_second) == (3, 12, 15, 10.0)
+    assert [example.index for example in report.examples] == [0, 1, 2]
+
+
+def test_processes_join() -> None:
+    one, other = filled([0, 2]), filled([1])
+    one.merge(other.state())
+    joined, whole = one.compute(), filled([0, 1, 2]).compute()
+    assert joined.to_dict() | {"seconds": 0, "tokens_per_second": 0} == whole.to_dict() | {
+        "seconds": 0, "tokens_per_second": 0,
+    }  # fmt: skip
+    assert joined.seconds == 1.0  # side by side
+
+
+def test_nothing_is_no_measure() -> None:
+    with pytest.raises(UserError, match="no text"):
+        TranslationMetric("greedy").compute()
