@@ -4,10 +4,13 @@
     python -m benchmarks.speed_detectors --only detr --modes train --seconds 60
 
 Both models of a line run on the same random pictures and things in one process, turn by turn, as in
-`benchmarks.speed_backbones`. `ratio` is the median over the rounds of ours / theirs: below 1, ours is faster; `low` and
-`high` are its quartiles. A training step is forward, matching, the loss of every layer of the decoder and backward, in
-float32, with dropout, without an optimizer, which would be the same for both. A forward pass is in evaluation, without
-gradients.
+`benchmarks.speed_backbones`. A training step is forward, matching, the loss of every layer of the decoder and backward,
+in float32, with dropout, without an optimizer, which would be the same for both. A forward pass is in evaluation,
+without gradients.
+
+`ratio` is the median over the rounds of ours / theirs: below 1, ours is faster; `low` and `high` are its quartiles.
+`processor` is the median of the same of the seconds that processors worked for the process, which other programs
+lengthen much less; it does not show threads that wait.
 
 `train` trains all, in both; `train as published` all but the first stage of the ResNet and what is before it, in both.
 transformers' ResNet is timm's, which it builds by default.
@@ -16,7 +19,9 @@ transformers' ResNet is timm's, which it builds by default.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import report
-from benchmarks.speed_backbones import compared, in_turn
+from benchmarks.speed_backbones import compared
 
 CLASSES = 91
 THINGS = (9, 0, 7, 3)  # in the pictures of a batch, again and again
@@ -36,8 +41,8 @@ FROZEN = (
 )  # fmt: skip
 
 COLUMNS = {
-    "name": "", "ours_ms": ".1f", "rival_ms": ".1f", "ratio": ".3f", "low": ".3f", "high": ".3f", "rounds": "d",
-    "others_cores": ".2f",
+    "name": "", "ours_ms": ".1f", "rival_ms": ".1f", "ratio": ".3f", "low": ".3f", "high": ".3f", "processor": ".3f",
+    "rounds": "d", "others_cores": ".2f",
 }  # fmt: skip
 
 
@@ -121,6 +126,28 @@ def forward_pass(model: nn.Module, images: Tensor) -> Callable[[], object]:
     return run
 
 
+@dataclass(frozen=True)
+class Seconds:
+    wall: float
+    processor: float
+
+
+def in_turn(runs: Sequence[Callable[[], object]], seconds: float, least: int) -> list[list[Seconds]]:
+    """Of each, in rounds of turned order, after two unmeasured; each element has one list per run."""
+    for run in [*runs, *runs]:
+        run()
+    times: list[list[Seconds]] = [[] for _ in runs]
+    order = list(range(len(runs)))
+    start = time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - start < seconds:
+        for i in order:
+            wall, processor = time.perf_counter(), time.process_time()
+            runs[i]()
+            times[i].append(Seconds(time.perf_counter() - wall, time.process_time() - processor))
+        order.reverse()
+    return times
+
+
 def measure(case: str, mode: str, arguments: argparse.Namespace) -> report.Row:
     chosen = CASES[case]
     own, rival = ours(chosen.model, arguments.size), chosen.rival()
@@ -138,13 +165,15 @@ def measure(case: str, mode: str, arguments: argparse.Namespace) -> report.Row:
     else:
         runs = [our_step(own, images, targets), their_step(rival, images, targets)]
     load = report.Load()
-    times = in_turn(runs, arguments.seconds, arguments.least)
+    own_times, rival_times = in_turn(runs, arguments.seconds, arguments.least)
+    pairs = zip(own_times, rival_times, strict=True)
     return {
         "name": f"{case} / transformers, {mode}, batch {arguments.batch}, {arguments.size} px",
         "case": case, "mode": mode, "batch": arguments.batch, "size": arguments.size,
         "others_cores": load.others(), "threads": arguments.threads,
         "versions": report.versions(("torch", "timm", "transformers")),
-    } | compared(*times)  # fmt: skip
+        "processor": statistics.median(a.processor / b.processor for a, b in pairs),
+    } | compared(*([each.wall for each in times] for times in (own_times, rival_times)))  # fmt: skip
 
 
 def main() -> None:
