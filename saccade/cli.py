@@ -311,14 +311,14 @@ def run_predict(options: argparse.Namespace) -> int:
     from saccade.engine.translate import TextModel, open_model
     from saccade.predictions import CocoIds
 
+    if not options.inputs and options.input is None:
+        raise UserError("nothing given: saccade predict MODEL PICTURE ..., or texts, or a file of them by --input")
     model = open_model(options.model, device=options.device)
     if isinstance(model, TextModel):
         return predict_texts(model, options)
     for flag, value in (("--input", options.input), ("--beams", options.beams)):
         if value is not None:
             raise UserError(f"{flag} {value}: is for translating, and {options.model} is a model of pictures")
-    if not options.inputs:
-        raise UserError("no pictures given: saccade predict MODEL PICTURE ...")
     if options.coco is not None and model.task.usual_threshold is None:
         raise UserError(f"--coco {options.coco}: is for detections, and {options.model} gives classes")
     ids = None if options.coco is None else CocoIds.read(options.coco, model.class_names)
@@ -361,8 +361,8 @@ def predict_texts(model: Any, options: argparse.Namespace) -> int:
     for flag, value in (("--threshold", options.threshold), ("--coco", options.coco)):
         if value is not None:
             raise UserError(f"{flag} {value}: is for pictures, and {options.model} translates texts")
-    if (options.input is None) == (not options.inputs):
-        raise UserError('give texts, as in `saccade predict MODEL "A dog runs."`, or a file of them by --input')
+    if options.input is not None and options.inputs:
+        raise UserError(f"--input {options.input}: and texts as well; give one of both")
     texts = options.inputs if options.input is None else read_texts(options.input)
     if not any(text.strip() for text in texts):
         raise UserError(f"{options.input or 'the text'}: is empty; there is nothing to translate")

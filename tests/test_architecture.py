@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },  # fmt: skip
     "engine": {
         "backbones", "models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain", "tokenizer",
+        "decoding",
     },  # fmt: skip
     "verification": {"backbones", "models", "tasks", "data", "weights", "weights.formats"},
     "recipes": {"backbones", "models", "catalog", "data", "weights", "tasks", "engine"},

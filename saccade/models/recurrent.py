@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from saccade.layers.linear import linear
 from saccade.layers.stepping import PackedLinear
 from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
 
@@ -152,7 +153,7 @@ class Recurrent(Translator):
         return F.dropout(x, self.config.dropout, self.training), weights, first, second
 
     def scores(self, hidden: Float[Tensor, "*B C"]) -> Float[Tensor, "*B V"]:
-        return F.linear(hidden, self.embeddings)
+        return linear(hidden, self.embeddings)
 
     def with_alignment(
         self, source: Int[Tensor, "B S"], inputs: Int[Tensor, "B T"]

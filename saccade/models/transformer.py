@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from saccade.layers.linear import linear
 from saccade.layers.positions import sinusoidal_1d
 from saccade.layers.stepping import BlockStep, PackedLinear, Past
 from saccade.layers.transformer import TransformerBlock, xavier
@@ -134,7 +135,7 @@ class Transformer(Translator):
         return self._embed(inputs, positions[: inputs.shape[1]] if time is None else positions[time])
 
     def scores(self, hidden: Float[Tensor, "*B C"]) -> Float[Tensor, "*B V"]:
-        return F.linear(hidden, self.embeddings, self.logit_bias)
+        return linear(hidden, self.embeddings, self.logit_bias)
 
     def with_alignment(
         self, source: Int[Tensor, "B S"], inputs: Int[Tensor, "B T"]

@@ -10,7 +10,7 @@ from typing import Any
 from saccade.config import RunConfig, build_config, closest, merge
 from saccade.data.text.parallel import open_text_splits
 from saccade.errors import UserError
-from saccade.models import model_row, task_of
+from saccade.models import TRANSLATORS, model_row, task_of
 from saccade.models.translator import TranslatorRow
 from saccade.recipes.summary import DataSummary
 from saccade.weights.load import load_weights
@@ -57,7 +57,7 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
     if row is not None and task_of(row) != "translate":
         raise UserError(
             f"--model {asked.model}: does not translate, and {asked.data} holds pairs of texts; "
-            "`saccade models --task translate` lists those that do"
+            f"{', '.join(TRANSLATORS)} do"
         )
     if asked.train_part == "head":
         raise UserError("--train-part head: a translator has no head; leave it out")

@@ -136,7 +136,8 @@ def test_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (facts,) = json.loads(capsys.readouterr().out)
     assert facts["source"] == "A dog runs." and Path(facts["picture"]).exists()
     for arguments, message in (
-        (["predict", file], "give texts"),
+        (["predict", file], "nothing given"),
+        (["predict", file, "A dog.", "--input", tmp_path / "lines.txt"], "give one of both"),
         (["predict", file, " "], "nothing to translate"),
         (["predict", file, "A dog.", "--coco", "x.json"], "is for pictures"),
         (["predict", file, "--input", tmp_path / "none.txt"], "cannot be read"),
