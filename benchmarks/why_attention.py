@@ -1,0 +1,307 @@
+"""What recurrence forgets and what it waits for, measured: writes docs/why-attention.md with a table and two plots.
+
+    python -m benchmarks.why_attention
+    python -m benchmarks.why_attention --distances 8,32 --seconds 5 --lengths 32,64 --out somewhere   # a quick look
+
+Recall: a sequence begins with one of 16 symbols, then come `distance` others, of which none tells it, then a mark, at
+which the symbol must be said again. RNN, LSTM, GRU and a Transformer with a causal mask have as many parameters (within
+a few percent), two layers, the same optimizer, and the same seconds of training for each distance; each learns with the
+best of three learning rates, chosen by a short trial. Guessing is right once in 16 times.
+
+Time: of a training step (forward and backward of `BATCH` sequences) and of one more token (from the state of all that
+was before it: a vector for recurrences, keys and values for the Transformer) against length. `sequential` is how many
+steps must wait for the one before, as theory has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import report
+from saccade.drawing import BLUE, FAINT, GREEN, ORANGE, RED, chart_style, save_figure
+from saccade.layers.attention import MultiHeadAttention
+from saccade.layers.positions import sinusoidal_1d
+from saccade.layers.transformer import TransformerBlock
+
+SYMBOLS, FILLERS = 16, 16
+MARK = SYMBOLS + FILLERS
+VOCABULARY = MARK + 1
+LAYERS, HEADS, BATCH = 2, 4, 32
+WIDTHS = {"RNN": 153, "LSTM": 78, "GRU": 90, "Transformer": 64}  # as many parameters each
+RATES = (3e-4, 1e-3, 3e-3)
+COLOURS = {"RNN": FAINT, "LSTM": ORANGE, "GRU": RED, "Transformer": BLUE}
+SEQUENTIAL = {"RNN": "O(n)", "LSTM": "O(n)", "GRU": "O(n)", "Transformer": "O(1)"}
+PATH = {"RNN": "O(n)", "LSTM": "O(n)", "GRU": "O(n)", "Transformer": "O(1)"}
+CELLS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
+
+
+class Recurrent(nn.Module):
+    """Symbols (B, N) -> scores of the next (B, N, V), by PyTorch's fused recurrence."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        C = WIDTHS[kind]
+        self.embed = nn.Embedding(VOCABULARY, C)
+        self.cells = CELLS[kind](C, C, num_layers=LAYERS, batch_first=True)
+        self.head = nn.Linear(C, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.cells(self.embed(tokens))[0])
+
+    def stepper(self, length: int) -> Callable[[Tensor], Tensor]:
+        """One more token after `length` others."""
+        state = self.cells(self.embed(torch.randint(0, MARK, (1, length))))[1]
+        return lambda token: self.head(self.cells(self.embed(token), state)[0])
+
+
+class Transformer(nn.Module):
+    """The same with a causal mask."""
+
+    def __init__(self, longest: int):
+        super().__init__()
+        C = WIDTHS["Transformer"]
+        self.embed = nn.Embedding(VOCABULARY, C)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(C, HEADS, 4 * C, cross=False, mlp="gelu", norm_first=True) for _ in range(LAYERS)
+        )
+        self.norm = nn.LayerNorm(C)
+        self.head = nn.Linear(C, VOCABULARY)
+        self.register_buffer("waves", sinusoidal_1d(longest + 2, C), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        assert isinstance(self.waves, Tensor)
+        x = self.embed(tokens) + self.waves[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, causal=True)
+        return self.head(self.norm(x))
+
+    def stepper(self, length: int) -> Callable[[Tensor], Tensor]:
+        C = WIDTHS["Transformer"]
+        past = torch.randn(LAYERS, 2, 1, HEADS, length, C // HEADS)
+        assert isinstance(self.waves, Tensor)
+        place = self.waves[length]
+
+        def step(token: Tensor) -> Tensor:
+            x = self.embed(token) + place
+            for block, (keys, values) in zip(self.blocks, past, strict=True):
+                assert isinstance(block, TransformerBlock) and isinstance(block.self_attention, MultiHeadAttention)
+                q, k, v = block.self_attention.project(block.norm1(x), None, None)
+                mixed = F.scaled_dot_product_attention(q, torch.cat((keys, k), 2), torch.cat((values, v), 2))
+                x = x + block.self_attention.out(mixed.transpose(1, 2).flatten(2))
+                x = x + block.mlp(block.norm3(x))
+            return self.head(self.norm(x))
+
+        return step
+
+
+def build(kind: str, longest: int, seed: int = 0) -> Recurrent | Transformer:
+    torch.manual_seed(seed)
+    return Transformer(longest) if kind == "Transformer" else Recurrent(kind)
+
+
+def sample(distance: int, generator: torch.Generator, count: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Sequences (B, distance + 2) and what must be said at the mark (B,)."""
+    wanted = torch.randint(0, SYMBOLS, (count, 1), generator=generator)
+    others = torch.randint(SYMBOLS, MARK, (count, distance), generator=generator)
+    return torch.cat((wanted, others, torch.full((count, 1), MARK)), dim=1), wanted[:, 0]
+
+
+def learn(kind: str, distance: int, rate: float, seconds: float, seed: int) -> tuple[float, int]:
+    """Accuracy on fresh sequences after so many seconds of training, and the number of steps."""
+    model = build(kind, distance, seed)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    start, steps = time.perf_counter(), 0
+    while (done := (time.perf_counter() - start) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (steps + 1) / 20) * (1 - done)
+        tokens, wanted = sample(distance, generator)
+        loss = F.cross_entropy(model(tokens)[:, -1, :SYMBOLS], wanted)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        steps += 1
+    fresh = torch.Generator().manual_seed(seed + 1_000_000)
+    with torch.no_grad():
+        right = []
+        for _ in range(8):
+            tokens, wanted = sample(distance, fresh)
+            right.append((model(tokens)[:, -1, :SYMBOLS].argmax(dim=1) == wanted).float().mean().item())
+    return statistics.fmean(right), steps
+
+
+def recall(kind: str, distance: int, seconds: float) -> dict[str, Any]:
+    """The best rate of a trial of a fifth of the time each, then the full time with it."""
+    trials = {rate: learn(kind, distance, rate, seconds / 5, 1)[0] for rate in RATES}
+    rate = max(trials, key=lambda each: trials[each])
+    accuracy, steps = learn(kind, distance, rate, seconds, 2)
+    return {
+        "name": f"recall {kind} {distance}", "kind": kind, "distance": distance, "accuracy": accuracy,
+        "steps": steps, "rate": rate, "seconds": seconds,
+    }  # fmt: skip
+
+
+def timed(work: Callable[[], Any], seconds: float) -> float:
+    """Median time of one call, in milliseconds."""
+    work()
+    found: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(found) < 3:
+        before = time.perf_counter()
+        work()
+        found.append(1e3 * (time.perf_counter() - before))
+    return statistics.median(found)
+
+
+def cost(kind: str, length: int, seconds: float) -> dict[str, Any]:
+    model = build(kind, length)
+    tokens = torch.randint(0, MARK, (BATCH, length))
+
+    def step() -> None:
+        model(tokens).square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    per_step = timed(step, seconds)
+    with torch.inference_mode():
+        more = model.stepper(length)
+        token = torch.zeros(1, 1, dtype=torch.long)
+        per_token = timed(lambda: more(token), seconds)
+    return {"name": f"time {kind} {length}", "kind": kind, "length": length, "step_ms": per_step, "token_ms": per_token}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    with chart_style():
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for kind, colour in COLOURS.items():
+            own = sorted((row["distance"], 100 * row["accuracy"]) for row in rows if row.get("kind") == kind
+                         and "distance" in row)  # fmt: skip
+            axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=kind)
+        axes.axhline(100 / SYMBOLS, color=GREEN, linewidth=1, linestyle=":", label="guessing")
+        axes.set(xscale="log", xlabel="distance in symbols", ylabel="recalled, %", title="What is remembered")
+        axes.legend()
+        save_figure(figure, folder / "why-attention-recall.png")
+        figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+        for axes, key, title in zip(
+            figure.subplots(1, 2), ("step_ms", "token_ms"), ("A training step", "One more token"), strict=True
+        ):
+            for kind, colour in COLOURS.items():
+                own = sorted((row["length"], row[key]) for row in rows if row.get("kind") == kind and "length" in row)
+                axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=kind)
+            axes.set(xscale="log", yscale="log", xlabel="length", ylabel="ms", title=title)
+            axes.legend()
+        save_figure(figure, folder / "why-attention-time.png")
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """Of the time against the length, over the longer half of the lengths."""
+    longer = sorted(points)[len(points) // 2 - 1 if len(points) < 4 else len(points) // 2 :]
+    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in longer), strict=True)
+    if len(xs) < 2:
+        return math.nan
+    slope, _ = statistics.linear_regression(xs, ys)
+    return slope
+
+
+def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
+    distances = sorted({row["distance"] for row in rows if "distance" in row})
+    lengths = sorted({row["length"] for row in rows if "length" in row})
+    at = {row["name"]: row for row in rows}
+    sizes = ", ".join(f"{kind} {count(kind) / 1000:.1f} k" for kind in WIDTHS)
+
+    def line(kind: str, values: Sequence[str]) -> str:
+        return f"| {kind} | " + " | ".join(values) + " |"
+
+    def head(first: str, names: Sequence[Any]) -> list[str]:
+        return [line(first, [str(name) for name in names]), "|" + "---|" * (len(names) + 1)]
+
+    recalled = []
+    for kind in WIDTHS:
+        own = [at[f"recall {kind} {distance}"] for distance in distances]
+        recalled.append(line(kind, [f"{100 * row['accuracy']:.0f} ({row['steps']})" for row in own]))
+    tables = []
+    for key, title in (("step_ms", "A training step, ms"), ("token_ms", "One more token, ms")):
+        own = []
+        for kind in WIDTHS:
+            times = [(length, at[f"time {kind} {length}"][key]) for length in lengths]
+            own.append(line(kind, [*(f"{value:.2f}" for _, value in times), f"{exponent(times):.2f}"]))
+        tables += [f"\n{title} (the last column is the exponent of the length, over the longer half)\n",
+                   *head("", [*lengths, "exponent"]), *own]  # fmt: skip
+    theory = [line(kind, [SEQUENTIAL[kind], PATH[kind]]) for kind in WIDTHS]
+    return "\n".join([
+        "# Why attention\n",
+        "Written by `python -m benchmarks.why_attention`; every figure is measured by it. " + facts + "\n",
+        f"Parameters: {sizes}.\n",
+        "## What recurrence forgets\n",
+        f"One of {SYMBOLS} symbols is shown first and must be said again after so many others. Percent recalled, and "
+        f"in brackets the steps that the time allowed; guessing gives {100 / SYMBOLS:.0f}.\n",
+        *head("distance", distances), *recalled,
+        "\n![recall](why-attention-recall.png)\n",
+        "## What has to wait\n",
+        "In a recurrence each place waits for the one before, so a step takes as long as the sequence however many "
+        "processors there are, and what is remembered must survive every place between. Attention computes all places "
+        "at once and reaches each from each in one step; its price is the square of the length in training, and in "
+        "translating a cost for each token that grows with what was said before.\n",
+        *head("", ["steps that wait", "longest path"]), *theory,
+        *tables,
+        "\n![time](why-attention-time.png)\n",
+    ])  # fmt: skip
+
+
+def count(kind: str) -> int:
+    return sum(parameter.numel() for parameter in build(kind, 8).parameters())
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--distances", type=numbers, default=[8, 32, 128, 512, 1024, 2048])
+    parser.add_argument("--lengths", type=numbers, default=[32, 128, 512, 2048])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training for each model and distance")
+    parser.add_argument("--timing-seconds", type=float, default=3.0)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--json", type=Path, help="all figures, merged by name")
+    options = parser.parse_args()
+    load, rows = report.Load(), []
+    for distance in options.distances:
+        for kind in WIDTHS:
+            rows.append(recall(kind, distance, options.seconds))
+            print(f"{rows[-1]['name']}: {100 * rows[-1]['accuracy']:.0f} % in {rows[-1]['steps']} steps", flush=True)
+    for length in options.lengths:
+        for kind in WIDTHS:
+            rows.append(cost(kind, length, options.timing_seconds))
+            found = f"{rows[-1]['step_ms']:.2f} ms a step, {rows[-1]['token_ms']:.3f} a token"
+            print(f"{rows[-1]['name']}: {found}", flush=True)
+    facts = (
+        f"{options.seconds:g} s of training each, {torch.get_num_threads()} threads, torch {torch.__version__}; other "
+        f"programs kept {load.others():.1f} cores busy meanwhile."
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw(rows, options.out)
+    (options.out / "why-attention.md").write_text(page(rows, facts), encoding="utf-8")
+    if options.json is not None:
+        report.merge(options.json, rows)
+    print(f"written: {options.out / 'why-attention.md'}")
+
+
+if __name__ == "__main__":
+    main()
