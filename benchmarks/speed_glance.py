@@ -32,7 +32,7 @@ from saccade.data.loader import eval_batches, measure_sizes
 from saccade.data.sources import open_source
 from saccade.engine.device import autocast, choose_precision
 from saccade.engine.distributed import World
-from saccade.engine.evaluate import Normalise, evaluate_batches
+from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.predict import Model
 from saccade.models import build_network, model_row
 from saccade.models.detector import Detector
@@ -82,8 +82,8 @@ def measure_ap(model: Model, data: str) -> report.Row:
         data=config,
         batch_size=8,
     )
-    normalise = Normalise(model.preprocessing, CPU)
-    found = evaluate_batches(model.network, batches, task, normalise, CPU, model.precision, World())
+    inputs = PictureInputs(Normalise(model.preprocessing, CPU))
+    found = evaluate_batches(model.network, batches, task, inputs, CPU, model.precision, World())
     return {"ap": found.ap, "ap50": found.ap50, "ap75": found.ap75}
 
 
