@@ -82,6 +82,7 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
         raise UserError(f"recipe: {name!r} is none for texts{closest(name, tuple(RECIPES))}; use {', '.join(RECIPES)}")
     recipe = merge(RECIPES[name](DataSummary("translate", len(splits.train), 0, 0, 0)), start)
     row = row or model_row(str(recipe["model"]))
+    assert isinstance(row, TranslatorRow)
     known = {field.name for field in fields(row)}
     recipe["network"] = {key: value for key, value in recipe.get("network", {}).items() if key in known}
     settings = merge(recipe, changes)
@@ -89,5 +90,9 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
         settings["epochs"] = changes.get("epochs")
     settings["recipe"], settings["task"] = name, "translate"
     config = build_config({"out": "", **settings})
+    if asked.weights is not None and row.max_length < config.text.max_length:  # its places are no more
+        config = config.model_copy(
+            update={"text": config.text.model_copy(update={"max_length": row.max_length})}
+        )
     row.changed(config.network)  # a setting that this family lacks is refused before work
     return config

@@ -18,6 +18,7 @@ from torch import Tensor
 from saccade.backbones.base import Row
 from saccade.errors import UserError
 from saccade.models import read_row
+from saccade.tokenizer import MarianTokenizer, read_tokenizer
 from saccade.weights.convert import describe_network, import_weights
 from saccade.weights.descriptions import write_preprocessor, write_pretrained_cfg
 from saccade.weights.formats import FORMATS
@@ -163,9 +164,19 @@ def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str,
         "config.json": _json(_described(config, card, dialect)),
         "README.md": _readme(card).encode(),
     }
-    if dialect == "huggingface":
+    if card.tokenizer is not None:
+        files |= tokenizer_files(card.tokenizer)
+    elif dialect == "huggingface":
         files["preprocessor_config.json"] = _json(write_preprocessor(card.preprocessing, form.processor))
     return files
+
+
+def tokenizer_files(text: str) -> dict[str, bytes]:
+    """Of a model of texts, as Marian's are laid out; the only ones that another library has."""
+    tokenizer = read_tokenizer(text, "the model")
+    assert isinstance(tokenizer, MarianTokenizer)  # their form of weights is known by it
+    source, target = tokenizer.models
+    return {"source.spm": source, "target.spm": target, "vocab.json": json.dumps(tokenizer.vocabulary).encode()}
 
 
 def _mask_token(theirs: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

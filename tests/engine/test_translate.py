@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from saccade.recipes import resolve
 from saccade.tasks.translation import TranslationTask
 from saccade.tokenizer import learn_tokenizer
 from saccade.weights.load import load_network
+from saccade.weights.model_file import save_model
 
 NAMES = {"dog": "Hund", "cat": "Katze", "man": "Mann", "bird": "Vogel"}
 DOES = {"runs": "rennt", "sleeps": "schläft", "sings": "singt", "falls": "fällt"}
@@ -111,6 +113,11 @@ def test_fine_tuning_keeps_the_tokenizer(texts: Path, tmp_path: Path) -> None:
     assert settings.recipe == "translate_fine_tune" and settings.model == "transformer_tiny"
     engine.train(settings, show=False)
     assert load_network(settings.out)[1].tokenizer == load_network(tmp_path / "one")[1].tokenizer
+    assert settings.text.max_length == 128
+    network, card = load_network(tmp_path / "one")
+    short = {**card.architecture, "max_length": 20}  # sines and cosines are computed: any number of places fits
+    save_model(tmp_path / "short.safetensors", network.state_dict(), replace(card, architecture=short))
+    assert resolve({**values, "weights": str(tmp_path / "short.safetensors")}).text.max_length == 20
 
 
 def test_too_long_texts_are_left_out_and_said(texts: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from saccade.errors import UserError
 from saccade.models.transformer import Transformer, TransformerRow
 from saccade.tokenizer import read_tokenizer
 from saccade.weights.convert import import_weights
+from saccade.weights.export import convert
 from saccade.weights.formats.marian import FORMATS, build_peer
 from saccade.weights.formats.table import read_gradients, read_state, write_state
 from saccade.weights.load import load_network
@@ -227,6 +228,17 @@ def test_there_and_back_is_bitwise_equal(folder: Path) -> None:
     assert again.keys() == theirs.keys() and all(torch.equal(again[name], theirs[name]) for name in theirs)
     shapes = {name: tuple(tensor.shape) for name, tensor in again.items()}
     assert FORMAT.row(shapes, FORMAT.write_config(found.row, 0)) == found.row
+
+
+def test_written_for_transformers(folder: Path, tmp_path: Path) -> None:
+    """A model file of ours becomes a folder that transformers loads, tokenizer included."""
+    convert(folder, tmp_path / "m.safetensors")
+    convert(tmp_path / "m.safetensors", tmp_path / "back", to="hf")
+    places = folder, tmp_path / "back"
+    one, other = (transformers.MarianMTModel.from_pretrained(place).state_dict() for place in places)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    texts_of = [transformers.MarianTokenizer.from_pretrained(place) for place in places]
+    assert texts_of[0](SENTENCES)["input_ids"] == texts_of[1](SENTENCES)["input_ids"]
 
 
 def test_older_files_hold_copies_and_positions(folder: Path, tmp_path: Path) -> None:
