@@ -93,7 +93,7 @@ def elsewhere(coco_set, things, pictures_of, tmp_path) -> Path:
     """As exported on another machine, whose folders the names hold."""
     for data in (coco_set.train, coco_set.val):
         for image in data["images"]:
-            image["file_name"] = f"/home/someone/upload/{image['file_name']}"
+            image["file_name"] = f"/data/someone/upload/{image['file_name']}"
     return coco_set.write()
 
 

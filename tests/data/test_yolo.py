@@ -65,7 +65,7 @@ def beside(root: Path, tmp_path: Path) -> Path:
         shutil.copytree(root / "labels" / split, tmp_path / "b" / split)
         shutil.copytree(root / "images" / split, tmp_path / "b" / split, dirs_exist_ok=True)
         (tmp_path / "b" / split / "classes.txt").write_text("dog\ncat\nbird\n")
-    (tmp_path / "b" / "mine.yaml").write_text("path: /home/me/b\ntrain: train\nval: val\nnames: [dog, cat, bird]\n")
+    (tmp_path / "b" / "mine.yaml").write_text("path: /data/me/b\ntrain: train\nval: val\nnames: [dog, cat, bird]\n")
     return tmp_path / "b"
 
 
