@@ -10,7 +10,8 @@ without gradients.
 
 `ratio` is the median over the rounds of ours / theirs: below 1, ours is faster; `low` and `high` are its quartiles.
 `processor` is the median of the same of the seconds that processors worked for the process, which other programs
-lengthen much less; it does not show threads that wait.
+lengthen much less; it does not show threads that wait. On a machine that others use, `OMP_WAIT_POLICY=PASSIVE` before
+the command keeps the threads of both models from waiting for each other by turning round.
 
 `train` trains all, in both; `train as published` all but the first stage of the ResNet and what is before it, in both.
 transformers' ResNet is timm's, which it builds by default.
@@ -63,8 +64,28 @@ def detr() -> nn.Module:
     return DetrForObjectDetection(config)
 
 
+def deformable_detr(name: str) -> Callable[[], nn.Module]:
+    """As `saccade verify` builds it: with the losses of all layers, and heads of its own for each where boxes are
+    refined. transformers has no loss of proposals, which ours computes beside the others."""
+
+    def build() -> nn.Module:
+        from saccade.models import model_row
+        from saccade.weights.formats.deformable_detr import FORMATS
+        from saccade.weights.formats.reference import FileNamed
+
+        peer = FORMATS[0].peer
+        assert peer is not None
+        model = peer.build(model_row(name), CLASSES, {})
+        assert isinstance(model, FileNamed)
+        return model.inner
+
+    return build
+
+
+DEFORMABLE = [f"deformable_detr_resnet50{variant}" for variant in ("", "_refine", "_two_stage")]
 CASES: dict[str, Case] = {
     "detr_resnet50": Case("detr_resnet50", detr),
+    **{name: Case(name, deformable_detr(name)) for name in DEFORMABLE},
 }
 
 
