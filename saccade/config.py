@@ -89,7 +89,7 @@ class AugmentConfig(Config):
         default=0.0, ge=0, le=1, description="classification: probability that a random rectangle is erased"
     )
     mixup: float = Field(default=0.0, ge=0, description="alpha of mixup's Beta distribution; 0 is off")
-    cutmix: float = Field(default=0.0, ge=0, description="classification: alpha of cutmix's Beta distribution; 0 is off")
+    cutmix: float = Field(default=0.0, ge=0, description="classification: alpha of cutmix's Beta distribution, or 0")
     mix_prob: float = Field(
         default=1.0, ge=0, le=1, description="probability that a sample is mixed, where either is on"
     )

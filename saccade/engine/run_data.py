@@ -20,9 +20,14 @@ from saccade.tokenizer import Tokenizer
 class AnyBatch(Protocol):
     """What the loop needs to know of a batch."""
 
-    targets: Any
-    indices: Tensor
-    unreadable: list[tuple[int, str]]
+    @property
+    def targets(self) -> Any: ...
+
+    @property
+    def indices(self) -> Tensor: ...
+
+    @property
+    def unreadable(self) -> list[tuple[int, str]]: ...
 
     def to(self, device: torch.device) -> Any: ...
 

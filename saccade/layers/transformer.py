@@ -1,4 +1,5 @@
-"""The block of the encoder-decoder Transformer, https://arxiv.org/abs/1706.03762: post-norm as published, or pre-norm."""
+"""The block of the encoder-decoder Transformer, https://arxiv.org/abs/1706.03762: post-norm as published, or pre-norm.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from saccade.data.source import LabelledSource, Source
 from saccade.data.sources import detect_format, find_pictures, open_pictures, open_source, open_splits
 from saccade.errors import UserError
 
@@ -23,6 +24,11 @@ def write_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def labels_of(source: Source) -> list[int]:
+    assert isinstance(source, LabelledSource)
+    return source.labels.tolist()
 
 
 def same_after_pickling(source) -> None:
@@ -40,19 +46,19 @@ def test_image_folder_with_splits(folder):
     assert detect_format(root) == "image_folder"
     splits = open_splits(root)
     assert splits.train.class_names == splits.val.class_names == ("cat", "dog")
-    assert splits.train.labels.tolist() == [0, 0, 0, 1, 1] and splits.val.labels.tolist() == [0, 1, 1]
+    assert labels_of(splits.train) == [0, 0, 0, 1, 1] and labels_of(splits.val) == [0, 1, 1]
     assert splits.train.id(0).endswith("train/cat/000.jpg")
     assert any("loose.jpg" in note for note in splits.notes) and any("readme.txt" in note for note in splits.notes)
     same_after_pickling(splits.train)
     part = splits.train.subset([4, 0])
-    assert part.labels.tolist() == [1, 0] and part.read(1) == splits.train.read(0)
+    assert labels_of(part) == [1, 0] and part.read(1) == splits.train.read(0)
 
 
 def test_classes_of_train_and_val_are_united(folder):
     root = folder({"train": {"2": 2, "10": 2, "1": 2}, "val": {"1": 1, "10": 1}})
     splits = open_splits(root)
     assert splits.train.class_names == splits.val.class_names == ("1", "2", "10")
-    assert splits.val.labels.tolist() == [0, 2]
+    assert labels_of(splits.val) == [0, 2]
     assert any("no pictures of 2" in note for note in splits.notes)
     with pytest.raises(UserError, match="'3' has no pictures to learn from, only 1 in val"):
         open_splits(folder({"train": {"1": 2, "2": 2}, "val": {"3": 1}}, "other"))
@@ -133,13 +139,13 @@ def test_tables(folder):
     for path, names in ((csv, ("a", "b")), (lines, ("0", "1"))):
         assert detect_format(path) == "table"
         source = open_source(path)
-        assert source.class_names == names and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert source.class_names == names and labels_of(source) == [0, 0, 0, 1, 1, 1]
         assert source.id(3) == str(root / "b" / "000.jpg")
         same_after_pickling(source)
     split = root / "split.csv"
     split.write_text("path,label,split\n" + "".join(f"{f},{n},{'valid' if '2' in f else 'train'}\n" for f, n in rows))
     splits = open_splits(split)
-    assert splits.train.labels.tolist() == [0, 0, 1, 1] and splits.val.labels.tolist() == [0, 1]
+    assert labels_of(splits.train) == [0, 0, 1, 1] and labels_of(splits.val) == [0, 1]
     (root / "train.csv").write_text("path,label\n" + "".join(f"{f},{n}\n" for f, n in rows[1:]))
     (root / "val.csv").write_text("path,label\n" + "".join(f"{f},{n}\n" for f, n in rows[:1]))
     splits = open_splits(root / "train.csv")
@@ -182,7 +188,7 @@ def test_shards(tmp_path, picture, encode):
     (tmp_path / "d" / "classes.json").write_text('["alpha", "beta"]')
     assert detect_format(tmp_path / "d") == "webdataset"
     splits = open_splits(tmp_path / "d")
-    assert splits.train.class_names == ("alpha", "beta") and splits.train.labels.tolist() == [1, 1, 0, 1]
+    assert splits.train.class_names == ("alpha", "beta") and labels_of(splits.train) == [1, 1, 0, 1]
     assert [splits.train.read(i) for i in range(4)] == jpeg[:4]
     assert splits.train.id(2) == f"{tmp_path / 'd' / 'train-0.tar'}!2.jpg"
     same_after_pickling(splits.train)
@@ -245,12 +251,12 @@ def test_hugging_face(tmp_path, picture, encode):
     path = save_hf(tmp_path / "dict", images, [0, 1, 1, 0], ["zebra", "ant"], splits=True)
     assert detect_format(path) == "hf_dataset"
     splits = open_splits(path)
-    assert splits.train.class_names == ("zebra", "ant") and splits.train.labels.tolist() == [0, 1, 1, 0]
-    assert splits.val.labels.tolist() == [1, 1] and splits.val.read(1) == images[2]
+    assert splits.train.class_names == ("zebra", "ant") and labels_of(splits.train) == [0, 1, 1, 0]
+    assert labels_of(splits.val) == [1, 1] and splits.val.read(1) == images[2]
     assert splits.train.id(3) == f"{path / 'train'}[3]"
     same_after_pickling(splits.train)
     one = open_source(save_hf(tmp_path / "one", images, ["b", "a", "b", "a"]))
-    assert one.class_names == ("a", "b") and one.labels.tolist() == [1, 0, 1, 0]
+    assert one.class_names == ("a", "b") and labels_of(one) == [1, 0, 1, 0]
     assert one.subset([2, 3]).read(1) == images[3]
     with pytest.raises(UserError, match=r"one more\[1\]: no label"):
         open_splits(save_hf(tmp_path / "one more", images, [0, None, 1, 0], ["x", "y"]))
@@ -271,7 +277,7 @@ def test_find_pictures(folder, tmp_path):
     found = find_pictures([odd, str(root)])
     assert [path.name for path in found] == ["odd.name", "000.jpg", "000.jpg", "001.jpg"]
     source = open_pictures([root])
-    assert source.labels.tolist() == [-1, -1, -1] and source.target(0) == -1 and source.class_names == ()
+    assert labels_of(source) == [-1, -1, -1] and source.target(0) == -1 and source.class_names == ()
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match=r"nothing: no pictures(.|\n)*odd.nam: does not exist; did you mean odd.name"):
         find_pictures([tmp_path / "nothing", tmp_path / "odd.nam"])

@@ -17,6 +17,7 @@ from PIL import Image
 
 import saccade
 from saccade.backbones import backbone_row
+from saccade.backbones.base import Backbone
 from saccade.cli import main
 from saccade.config import NetworkConfig, PreprocessingConfig
 from saccade.data.buckets import assign, bucket_shapes
@@ -94,14 +95,15 @@ def test_vectors_are_the_backbones(model: Model, what: str) -> None:
     """By hand: each picture alone, in the shape of its bucket."""
     shapes = bucket_shapes(CARD.preprocessing)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CARD.preprocessing.mean, CARD.preprocessing.std))
-    expected = []
+    expected, backbone = [], model.network.backbone
+    assert isinstance(backbone, Backbone)
     for i, size in enumerate(SIZES):
         shape = shapes[int(assign(np.array([size]), shapes)[0])]
         pixels = to_tensor(
             Picture.from_image(photo(*size, i)).crop(central_box(size, shape), shape, RESAMPLE["bicubic"])
         )
         with torch.inference_mode():
-            features = model.network.backbone(((pixels / 255 - mean) / std)[None])
+            features = backbone(((pixels / 255 - mean) / std)[None])
         vector = features.summary if what == "summary" else features.maps[-1].mean(dim=(2, 3))
         expected.append(vector[0].numpy())
     found = saccade.embed(model, [photo(*size, i) for i, size in enumerate(SIZES)], what=what)

@@ -13,6 +13,7 @@ from torch import nn
 
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
+from saccade.models.embedder import Embedder
 from saccade.weights.convert import recognise
 from saccade.weights.export import convert
 from saccade.weights.load import load_network
@@ -157,6 +158,7 @@ def test_checkpoint_of_dino(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 224, 224)
     model.load_state_dict({name: tensor.float() for name, tensor in plain.items()})
     with torch.no_grad():
+        assert isinstance(ours, Embedder)
         assert (ours.backbone(images).summary - model.eval()(images)).abs().max() <= TOLERANCE
     assert convert(tmp_path / "dino.pth", tmp_path / "zeros.safetensors", branch="student").notes[0] != result.notes[0]
 
@@ -169,6 +171,7 @@ def test_projection_of_clip_is_timms_head(tmp_path: Path) -> None:
     ours, _ = load_network(tmp_path / "theirs")
     images = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
+        assert isinstance(ours, Embedder)
         expected = ours.backbone(images).summary
         assert expected.shape == (2, 24)
         assert (load_strictly("timm", tmp_path / "for_timm")(images) - expected).abs().max() <= TOLERANCE
