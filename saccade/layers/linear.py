@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 FEW = 96  # rows: below, bringing the weights into a convolution's order costs what it gains
 SMALL = 20480  # numbers in an input: up to here, PyTorch takes no oneDNN for a convolution
+EVEN = 4  # rows: oneDNN takes two to three times as long to sum gradients of weights over other numbers than multiples
 # means nothing to kernels of one place; but with it PyTorch takes oneDNN also where it has one thread
 DILATION = [2, 2]
 
@@ -73,15 +74,24 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         upstream = gradients[0].contiguous()
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        found = torch.ops.aten.convolution_backward(
-            _map(upstream), _map(x), _kernels(weight), [len(weight)],
-            [1, 1], [0, 0], DILATION, False, [0, 0], 1, [of_x, of_weight, of_weight and of_bias],
-        )  # fmt: skip
-        return (
-            _rows(found[0]) if of_x else None,
-            found[1].view_as(weight) if of_weight else None,
-            (found[2] if of_weight else upstream.sum(dim=0)) if of_bias else None,
-        )
+        gradient_of_x = _rows(_differentiate(upstream, x, weight, [True, False, False])[0]) if of_x else None
+        if not of_weight:
+            return gradient_of_x, None, upstream.sum(dim=0) if of_bias else None
+        even = len(x) - len(x) % EVEN
+        _, kernels, shifts = _differentiate(upstream[:even], x[:even], weight, [False, True, of_bias])
+        gradient_of_weight = kernels.view_as(weight)
+        if even < len(x):
+            gradient_of_weight.addmm_(upstream[even:].T, x[even:])
+            shifts = shifts + upstream[even:].sum(dim=0) if of_bias else None
+        return gradient_of_x, gradient_of_weight, shifts if of_bias else None
+
+
+def _differentiate(upstream: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """As PyTorch's own backward pass of the convolution: of the input, the kernels and the shifts."""
+    return torch.ops.aten.convolution_backward(
+        _map(upstream), _map(x), _kernels(weight), [len(weight)],
+        [1, 1], [0, 0], DILATION, False, [0, 0], 1, wanted,
+    )  # fmt: skip
 
 
 def _convolve(x: Float[Tensor, "M I"], weight: Tensor, bias: Tensor | None) -> Float[Tensor, "M O"]:

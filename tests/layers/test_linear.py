@@ -31,7 +31,7 @@ def as_convolution(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("learns", ["all", "x", "weight", "bias", "x and bias", "nothing"])
 @pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize("shape", [(600, 40), (3, 600, 40), (2, 3, 300, 40)])
+@pytest.mark.parametrize("shape", [(600, 40), (3, 601, 40), (2, 3, 300, 40)])
 def test_is_the_same_as_a_product(as_convolution: list[int], shape: tuple[int, ...], shift: bool, learns: str) -> None:
     torch.manual_seed(0)
     parts = {"x": torch.randn(shape), "weight": torch.randn(24, 40)} | ({"bias": torch.randn(24)} if shift else {})
