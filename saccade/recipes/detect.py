@@ -15,6 +15,8 @@ def detect(data: DataSummary) -> dict[str, Any]:
     """Boxes from a few hundred pictures or more, nothing pre-trained.
 
     Command: `saccade train cells --minutes 30` (205 pictures of 640 x 480 with 2,800 boxes of 3 classes).
+    Cost: 30 minutes on two cores of a processor, 101 passes at 384 px.
+    Result: AP 63.1 %, AP50 91.5 % on 72 held-out pictures; see benchmarks/README.md.
     """
     model, size = affordable_detector(data)
     return {
