@@ -10,7 +10,7 @@ from typing import Any
 from saccade.config import DataConfig
 from saccade.data.decode import Picture
 from saccade.data.loader import eval_batches, measure_sizes
-from saccade.data.source import Source
+from saccade.data.source import BoxSource, Source
 from saccade.data.sources import fit_to_pictures, open_source
 from saccade.data.text.parallel import open_pairs
 from saccade.engine import train as engine
@@ -60,7 +60,11 @@ def evaluate(
         return evaluate_texts(loaded, Path(data), split, beams, progress)
     if beams is not None:
         raise UserError(f"--beams {beams}: is for translating, and {model} is a model of pictures")
-    source = with_class_names(open_source(Path(data), split), loaded.class_names, str(model))
+    source = open_source(Path(data), split)
+    if isinstance(source, BoxSource) != (loaded.task.name == "detect"):
+        found = "boxes around things" if isinstance(source, BoxSource) else "a class for each picture"
+        raise UserError(f"{data}: holds {found}, and {model} is to {loaded.task.name}; give data of its kind")
+    source = with_class_names(source, loaded.class_names, str(model))
     config = DataConfig()
     sizes = measure_sizes(source, config)
     source, left_out = fit_to_pictures(source, sizes)

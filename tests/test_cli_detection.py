@@ -181,3 +181,23 @@ def test_from_python(trained: Path, boxes: Path) -> None:
     assert isinstance(found, saccade.Detections) and found.maps is not None and len(found.maps) == len(found) == 5
     report = saccade.evaluate(str(trained), str(boxes), device="cpu")
     assert isinstance(report, DetectionReport) and report.pictures == 8
+
+
+def test_data_of_another_task_is_refused(trained: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Also where the classes have the same names."""
+    for split in ("train", "val"):
+        for name in ("red", "blue"):
+            folder = tmp_path / "colours" / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (40, 40), (200, 30 * i, 30)).save(folder / f"{i}.png")
+    code, _, error = run("evaluate", trained, tmp_path / "colours")
+    assert code == 2 and "holds a class for each picture" in error and "Traceback" not in error
+    code, _, error = run("train", tmp_path / "colours", "--weights", trained, "--steps=1", "--out", tmp_path / "run")
+    assert code == 2 and "holds a detector" in error
+
+
+@pytest.mark.parametrize("threshold", [3, -1, "x", float("nan")])
+def test_thresholds_from_python(trained: Path, boxes: Path, threshold: Any) -> None:
+    with pytest.raises(saccade.UserError, match="from 0 to 1"):
+        saccade.load(str(trained)).predict(boxes / "images" / "val0.png", threshold=threshold)

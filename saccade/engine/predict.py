@@ -120,6 +120,8 @@ class Model:
             raise UserError(f"{self.card.model}: has no classes; `saccade embed` gives vectors, or train a head on it")
         if threshold is not None and self.task.usual_threshold is None:
             raise UserError(f"{self.card.model}: gives every picture a class, however sure; leave the threshold out")
+        if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+            raise UserError(f"threshold {threshold!r}: is the least score of a detection, from 0 to 1")
         own = self.task.usual_threshold if self.card.threshold is None else self.card.threshold
         least = own if threshold is None else threshold
         places = list_inputs(inputs)

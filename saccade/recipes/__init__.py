@@ -65,6 +65,11 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
     name = choose_recipe(asked, summary)
     if row is not None and task_of(row) != summary.task:
         start = {"preprocessing": {k: v for k, v in start["preprocessing"].items() if k in ("mean", "std")}}
+        if isinstance(row, DetectorRow):
+            raise UserError(
+                f"--weights {asked.weights}: holds a detector, and {asked.data} holds {TARGETS[summary.task]}; "
+                "give weights of a classifier or of a backbone"
+            )
         row = None  # of a backbone: the detector around it is chosen by the recipe, or named
     recipe = merge(RECIPES[name](summary), start)
     if row is None:
