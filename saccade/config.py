@@ -226,7 +226,8 @@ class RunConfig(Config):
     """One run. A recipe fills it from the data; every flag that is given overrides the recipe."""
 
     data: str = Field(
-        description="folder, table (.csv, .jsonl), folder of .tar shards, or Hugging Face dataset on disk"
+        description="folder of classes, table (.csv, .jsonl), .tar shards, Hugging Face dataset on disk; boxes (COCO, "
+        "Pascal VOC, YOLO), folder or file; folder of parallel texts"
     )
     val: str | None = Field(default=None, description="validation data, where it does not lie beside the training data")
     task: Literal["classify", "detect", "translate"] | None = Field(
