@@ -21,6 +21,7 @@ from saccade.backbones import build_backbone
 from saccade.backbones.resnet import RESNET
 from saccade.layers.attention import MultiHeadAttention
 from saccade.layers.deformable import DeformableAttention
+from saccade.layers.dropout import dropout
 from saccade.layers.feedforward import feed_forward, perceptron
 from saccade.layers.linear import Linear
 from saccade.layers.positions import sinusoidal_2d_of_shares, sinusoidal_of_shares
@@ -99,7 +100,7 @@ class DeformableEncoderBlock(nn.Module):
         reference: Float[Tensor, "1 N 2"],
         shapes: Shapes,
     ) -> Float[Tensor, "B N C"]:
-        drop = partial(F.dropout, p=self.dropout, training=self.training)
+        drop = partial(dropout, p=self.dropout, training=self.training)
         x = self.norm1(x + drop(self.self_attention(x + positions, reference, x, shapes)))
         return self.norm3(x + drop(self.mlp(x)))
 
@@ -144,7 +145,7 @@ class DeformableDecoderBlock(nn.Module):
         return self.norm3(x + self._drop(self.mlp(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)
 
 
 @dataclass(frozen=True)
