@@ -72,7 +72,7 @@ variants = pytest.mark.parametrize("kind", VARIANTS)
     ids=str,
 )
 def test_tiny(kind, dtype):
-    """Measured: outputs and losses 5.6e-6 in float32, 2.2e-14 in float64; gradients 4.6e-4 and 2.6e-12."""
+    """Measured: outputs and losses 3.8e-6 in float32, 6.7e-15 in float64; gradients 2.7e-5 and 1.8e-11."""
     form, row = ROWS[kind]
     ours, theirs = pair(form, row, CLASSES)
     convert(ours, theirs, form, CLASSES, dtype)
