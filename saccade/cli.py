@@ -122,12 +122,13 @@ SHORT = (
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", help=RunConfig.model_fields["data"].description)
-    main_group = parser.add_argument_group(
-        "what is asked most (where no default is named, the recipe chooses it from the data)"
-    )
+    main_group = parser.add_argument_group("what is asked most")
     main_group.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly where it was")
     main_group.add_argument(
-        "--image-size", dest="preprocessing.image_size", metavar="N", help="as --preprocessing.image-size"
+        "--image-size",
+        dest="preprocessing.image_size",
+        metavar="N",
+        help="as --preprocessing.image-size (default: from the recipe)",
     )
     for name in SHORT:
         add_field(main_group, RunConfig, name, "")

@@ -234,7 +234,9 @@ class RunConfig(Config):
         default=None, description="what is learnt; none: from the data"
     )
     recipe: str = Field(
-        default="auto", description="small_from_scratch, fine_tune, linear_probe, large; auto: from the data"
+        default="auto",
+        description="small_from_scratch, fine_tune, linear_probe, large; detect, detect_fine_tune; translate, "
+        "translate_fine_tune; auto: from the data and the weights",
     )
     model: str = Field(default="cct_small", description="a name that `saccade models` lists")
     weights: str | None = Field(

@@ -7,11 +7,23 @@ from typing import Any, get_args, get_origin
 
 from saccade.config import Config, RunConfig
 
+# What a recipe chooses for the task, the data and the model, so that no one default is true of it. A test holds this.
+CHOSEN = frozenset((
+    "model", "epochs", "batch_size", "lr", "train_part", "preprocessing.image_size", "preprocessing.max_aspect",
+    "augment.train_share", "augment.crop_scale", "augment.zoom", "augment.policy", "augment.magnitude",
+    "augment.color_jitter", "augment.erase", "augment.mixup", "augment.cutmix", "augment.mix_prob", "augment.mosaic",
+    "text.vocabulary", "text.batch_tokens", "network.drop_path", "network.pool", "network.position",
+    "loss.label_smoothing", "optimizer.name", "optimizer.weight_decay", "optimizer.beta2", "optimizer.layer_decay",
+    "optimizer.clip_norm", "schedule.shape", "schedule.warmup", "ema.decay",
+))  # fmt: skip
+
 
 def add_field(group: Any, model: type[Config], name: str, prefix: str) -> None:
     """A flag for a field of the settings. The text is parsed by `from_text` and checked by the settings themselves."""
     field = model.model_fields[name]
     default = "" if field.default is None else f" (default {shown(field.default)})"
+    if prefix + name in CHOSEN:
+        default = " (default: from the recipe)"
     choices = [str(choice) for choice in literals(field.annotation)]
     flag = f"--{prefix}{name}".replace("_", "-")
     is_bool = field.annotation is bool

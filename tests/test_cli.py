@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from PIL import Image
 
 import saccade
 from saccade.cli import COMMANDS, main
+from saccade.flags import CHOSEN
+from saccade.recipes import RECIPES
+from saccade.recipes.summary import DataSummary
 
 TINY = ["--model=vit_micro", "--image-size=16", "--batch-size=8", "--device=cpu", "--precision=float32"]
 CLASSES = ("blue", "green", "red")
@@ -72,7 +76,29 @@ def test_help(run: Callable[..., Any], command: str) -> None:
     assert code == 0 and err == "" and f"usage: saccade {command}" in out
     assert "None" not in out and "==SUPPRESS==" not in out
     if command == "train":
-        assert "--optimizer.weight-decay" in out and "(default 0.05)" in out and "--resume" in out
+        assert "--optimizer.beta1" in out and "(default 0.9)" in out and "--resume" in out
+
+
+def test_help_promises_no_default_that_a_recipe_replaces(run: Callable[..., Any]) -> None:
+    def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+    summaries = [
+        DataSummary(task, samples, 3, side, side, seconds)
+        for task in ("classify", "detect", "translate")
+        for samples in (200, 2_000_000)
+        for side in (32, 640)
+        for seconds in (None, 600.0)
+    ]
+    chosen = {path for recipe in RECIPES.values() for summary in summaries for path in leaves(recipe(summary))}
+    assert chosen == CHOSEN
+    out = " ".join(run("train", "--help")[1].split())
+    entries = out.partition("what is asked most: ")[2]
+    for path in chosen | {"preprocessing.image_size"}:
+        flag = "--" + path.replace("_", "-")
+        entry = re.split(r" --[a-z]", entries.partition(f"{flag} ")[2])[0]
+        assert "(default: from the recipe)" in entry and "(default 0" not in entry, flag
 
 
 def test_help_lists_every_command(run: Callable[..., Any]) -> None:
