@@ -43,7 +43,8 @@ def __getattr__(name: str) -> Any:
 def train(data: str | None = None, *, resume: str | None = None, show: bool = True, **settings: Any) -> TrainResult:
     """Train on `data`, pictures with labels or with boxes, or continue the run in the folder `resume`.
 
-    Settings are those of the command, nested ones as dicts: `train("photos", minutes=5, optimizer={"name": "muon"})`.
+    Settings are those of the command, nested ones as dicts:
+    `train("photos", minutes=5, image_size=128, optimizer={"name": "muon"})`.
     """
     from saccade.api import train as run
 
@@ -69,15 +70,16 @@ def evaluate(
     device: str = "auto",
     batch_size: int | None = None,
     workers: int = 0,
+    beams: int | None = None,
 ) -> Any:
     """What a model (run folder or file) is worth on data with its truth.
 
-    A ClassificationReport (top-1, per class figures, confusion, calibration) or a DetectionReport (average precision,
-    per class and size, best threshold, kinds of mistakes).
+    A ClassificationReport (top-1, per class figures, confusion, calibration), a DetectionReport (average precision,
+    per class and size, best threshold, kinds of mistakes), or a TranslationReport. `beams`: of a model of texts.
     """
     from saccade.api import evaluate as run
 
-    return run(model, data, split=split, device=device, batch_size=batch_size, workers=workers)
+    return run(model, data, split=split, device=device, batch_size=batch_size, workers=workers, beams=beams)
 
 
 def inspect(data: str, *, val: str | None = None) -> Report:

@@ -19,6 +19,7 @@ from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.run_folder import resume_config
 from saccade.engine.translate import BEAMS, TextModel, open_model
 from saccade.errors import UserError
+from saccade.flags import spread
 from saccade.metrics.detection_errors import PictureMistakes
 from saccade.metrics.detection_report import DetectionReport
 from saccade.metrics.translation import TranslationReport
@@ -30,7 +31,7 @@ def train(
     data: str | None, *, resume: str | None, settings: Mapping[str, Any], show: bool = True
 ) -> engine.TrainResult:
     """A new run on `data`, or the continuation of the one in `resume`."""
-    changes = dict(settings) if data is None else {"data": str(data), **settings}
+    changes = spread(settings if data is None else {"data": str(data), **settings})
     if resume is not None:
         return engine.train(resume_config(Path(resume), changes), resume=True, show=show)
     return engine.train(resolve(changes), show=show)

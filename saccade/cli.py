@@ -11,7 +11,7 @@ from typing import Any
 
 from saccade.config import Config, RunConfig, build_config, closest
 from saccade.errors import UserError
-from saccade.flags import add_field, read_changes
+from saccade.flags import ALIASES, add_alias, add_field, read_changes
 
 EPILOG = "`saccade COMMAND --help` shows the flags of a command. First look: `saccade demo`."
 
@@ -124,12 +124,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", help=RunConfig.model_fields["data"].description)
     main_group = parser.add_argument_group("what is asked most")
     main_group.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly where it was")
-    main_group.add_argument(
-        "--image-size",
-        dest="preprocessing.image_size",
-        metavar="N",
-        help="as --preprocessing.image-size (default: from the recipe)",
-    )
+    for name in ALIASES:
+        add_alias(main_group, name)
     for name in SHORT:
         add_field(main_group, RunConfig, name, "")
     main_group.add_argument("--json", action="store_true", help="print the result as JSON on standard output")

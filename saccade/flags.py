@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, get_args, get_origin
 
 from saccade.config import Config, RunConfig
+from saccade.errors import UserError
 
 # What a recipe chooses for the task, the data and the model, so that no one default is true of it. A test holds this.
 CHOSEN = frozenset((
@@ -16,6 +19,15 @@ CHOSEN = frozenset((
     "loss.label_smoothing", "optimizer.name", "optimizer.weight_decay", "optimizer.beta2", "optimizer.layer_decay",
     "optimizer.clip_norm", "schedule.shape", "schedule.warmup", "ema.decay",
 ))  # fmt: skip
+
+ALIASES = {"image_size": "preprocessing.image_size"}  # short names, of the command and in Python, of inner settings
+
+
+def add_alias(group: Any, name: str) -> None:
+    """A short flag for an inner setting."""
+    path = ALIASES[name]
+    short, long = (f"--{each}".replace("_", "-") for each in (name, path))
+    group.add_argument(short, dest=path, metavar="N", help=f"as {long} (default: from the recipe)")
 
 
 def add_field(group: Any, model: type[Config], name: str, prefix: str) -> None:
@@ -71,4 +83,20 @@ def read_changes(options: argparse.Namespace) -> dict[str, Any]:
         for parent in parents:
             branch = branch.setdefault(parent, {})
         branch[name] = from_text(RunConfig, path, text)
+    return changes
+
+
+def spread(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a Python program gives them: short names go where they belong, paths become text."""
+    changes = {name: str(value) if isinstance(value, PurePath) else value for name, value in settings.items()}
+    for name, path in ALIASES.items():
+        if name not in changes:
+            continue
+        value, (branch, inner) = changes.pop(name), path.split(".")
+        given = changes.get(branch, {})
+        if not isinstance(given, Mapping):
+            continue  # which is refused with all other faults
+        if given.get(inner, value) != value:
+            raise UserError(f"settings: {name} is {value!r}, and {path} is {given[inner]!r}; give one of both")
+        changes[branch] = {**given, inner: value}
     return changes

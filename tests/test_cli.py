@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import re
 import shutil
@@ -14,8 +16,9 @@ import pytest
 from PIL import Image
 
 import saccade
-from saccade.cli import COMMANDS, main
-from saccade.flags import CHOSEN
+from saccade.cli import COMMANDS, SHORT, main
+from saccade.config import RunConfig
+from saccade.flags import CHOSEN, spread
 from saccade.recipes import RECIPES
 from saccade.recipes.summary import DataSummary
 
@@ -99,6 +102,33 @@ def test_help_promises_no_default_that_a_recipe_replaces(run: Callable[..., Any]
         flag = "--" + path.replace("_", "-")
         entry = re.split(r" --[a-z]", entries.partition(f"{flag} ")[2])[0]
         assert "(default: from the recipe)" in entry and "(default 0" not in entry, flag
+
+
+def test_short_flags_are_keywords_in_python() -> None:
+    parser = argparse.ArgumentParser()
+    next(add for name, add, _ in COMMANDS if name == "train")(parser)
+    flags = [flag.removeprefix("--").replace("-", "_") for action in parser._actions for flag in action.option_strings]
+    keywords = {flag for flag in flags if "." not in flag} - {"_h", "help", "json", "resume"}
+    assert "image_size" in keywords and keywords >= set(SHORT)
+    for keyword in keywords:
+        assert spread({keyword: 1}).keys() <= RunConfig.model_fields.keys(), keyword
+    for name in ("evaluate", "embed", "verify", "inspect"):
+        parser = argparse.ArgumentParser()
+        next(add for command, add, _ in COMMANDS if command == name)(parser)
+        flags = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+        given = {flag.replace("-", "_") for flag in flags} - {"_h", "help", "json", "out"}
+        assert given <= inspect.signature(getattr(saccade, name)).parameters.keys(), name
+
+
+def test_short_names_of_inner_settings_from_python(pictures: Path, tmp_path: Path) -> None:
+    short = {"model": "vit_micro", "steps": 1, "evaluations": 1, "batch_size": 8, "device": "cpu", "image_size": 16}
+    result = saccade.train(str(pictures), **short, preprocessing={"max_aspect": 1.5}, out=tmp_path / "run", show=False)
+    kept = json.loads((result.folder / "config.json").read_text())["preprocessing"]
+    assert (kept["image_size"], kept["max_aspect"]) == (16, 1.5)
+    with pytest.raises(saccade.UserError, match=r"image_size is 16, and preprocessing\.image_size is 32"):
+        saccade.train(str(pictures), image_size=16, preprocessing={"image_size": 32})
+    with pytest.raises(saccade.UserError, match=r"preprocessing\.image_size: Input should be .* not 'large'"):
+        saccade.train(str(pictures), image_size="large")
 
 
 def test_help_lists_every_command(run: Callable[..., Any]) -> None:
