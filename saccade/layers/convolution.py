@@ -10,6 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# channels: a strided convolution of one place whose maps have fewer overwrites memory that is not its own in oneDNN's
+# gradient of the weights (on AVX2 from 7 down; https://github.com/uxlfoundation/oneDNN/issues/6035), which aborts
+FEW = 16
+
 
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation whose statistics, factors and shifts stay as they were loaded; `nn.BatchNorm2d`'s names.
@@ -65,7 +69,7 @@ class ConvNorm(nn.Module):
     ) -> Float[Tensor, "B D h w"]:
         """`scale` is one more factor per channel of the normalised map, such as LayerScale's: no pass of its own."""
         if self.training and isinstance(self.norm, nn.BatchNorm2d):
-            x = _normalise_batch(self.conv(x), self.norm, scale)
+            x = _normalise_batch(self._convolve(x, self.conv.weight, self.conv.bias), self.norm, scale)
         else:
             x = self._normalise_as_known(x, scale)
         return x if self.activation is None else self.activation(x)
@@ -77,14 +81,22 @@ class ConvNorm(nn.Module):
         places = B * H * W // (conv.stride[0] * conv.stride[1])
         if conv.weight[0].numel() > places:
             weight, bias = _scaled(norm, scale)
-            return F.batch_norm(conv(x), norm.running_mean, norm.running_var, weight, bias, eps=norm.eps)
+            x = self._convolve(x, conv.weight, conv.bias)
+            return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, eps=norm.eps)
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * factor
         if scale is not None:
             factor, shift = factor * scale, shift * scale
         bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, factor)
         weight = conv.weight * factor[:, None, None, None]
-        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return self._convolve(x, weight, bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        conv = self.conv
+        stride = conv.stride
+        if conv.kernel_size == (1, 1) and stride != (1, 1) and conv.in_channels < FEW:
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)  # the same places
+        return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _normalise_batch(x: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None) -> Tensor:

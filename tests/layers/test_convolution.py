@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,3 +124,24 @@ def test_statistics_kept_ends_well_after_an_error():
     assert norm.momentum == 0.1 and norm.num_batches_tracked == 0
     fresh = nn.BatchNorm2d(3).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in norm.state_dict().items())
+
+
+FEW_CHANNELS = """
+import torch
+from saccade.layers.convolution import ConvNorm
+
+torch.manual_seed(0)
+made = ConvNorm(4, 8, kernel=1, stride=2)
+x = torch.randn(3, 4, 33, 32).to(memory_format=torch.channels_last)
+gradients = []
+for kind in (torch.float64, torch.float32):
+    made.zero_grad()
+    made.to(kind)(x.to(kind)).square().sum().backward()
+    gradients.append(made.conv.weight.grad.double())
+assert (gradients[0] - gradients[1]).abs().max() < 1e-5 * gradients[0].abs().max()
+"""
+
+
+def test_few_channels_and_a_stride_stay_within_their_memory() -> None:
+    """In a process of its own: without what prevents it, oneDNN aborts or never ends."""
+    subprocess.run([sys.executable, "-c", FEW_CHANNELS], check=True, timeout=120)
