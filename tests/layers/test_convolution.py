@@ -88,11 +88,12 @@ def test_frozen_norm_has_the_names_of_batch_norm_and_nothing_to_train():
     frozen.load_state_dict(of_torch)
 
 
-def test_folding_is_for_maps_larger_than_the_weights():
-    """Counted by what the convolution gets: with a large map, a bias."""
+def test_folding_is_for_maps_larger_than_the_weights(monkeypatch):
+    """A small map is normalised in a pass of its own; with a large one, it is the weights that are."""
     seen = []
+    batch_norm = F.batch_norm
+    monkeypatch.setattr(F, "batch_norm", lambda *a, **k: seen.append(True) or batch_norm(*a, **k))
     made = layer({}).eval()
-    made.conv.register_forward_hook(lambda *_: seen.append(True))
     made(torch.randn(1, 8, 30, 30, dtype=torch.float64))
     assert not seen
     made(torch.randn(1, 8, 3, 3, dtype=torch.float64))
@@ -132,13 +133,14 @@ from saccade.layers.convolution import ConvNorm
 
 torch.manual_seed(0)
 made = ConvNorm(4, 8, kernel=1, stride=2)
+factors = torch.randn(3, 8, 17, 16, dtype=torch.float64)
 x = torch.randn(3, 4, 33, 32).to(memory_format=torch.channels_last)
 gradients = []
 for kind in (torch.float64, torch.float32):
     made.zero_grad()
-    made.to(kind)(x.to(kind)).square().sum().backward()
+    (made.to(kind)(x.to(kind)) * factors).sum().backward()
     gradients.append(made.conv.weight.grad.double())
-assert (gradients[0] - gradients[1]).abs().max() < 1e-5 * gradients[0].abs().max()
+assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[0].abs().max()
 """
 
 
