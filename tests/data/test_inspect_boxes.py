@@ -192,6 +192,8 @@ COCO = [
     Fault("empty object", text_of("{}"), "not_coco", "train.json", True),
     Fault("empty list", text_of("[]"), "not_coco", "train.json", True),
     Fault("cut off", cut_off, "bad_json", "train.json", True),
+    Fault("cut off at its first word", text_of('{"im'), "bad_json", "train.json", True),
+    Fault("a page of a web server", text_of("<html>404</html>"), "bad_json", "train.json", True),
     Fault("not JSON", text_of('{"images": [}, "annotations": [], "categories": []}'), "bad_json", "train.json", True),
     Fault("empty lists", lambda c: c.train.update(images=[], annotations=[]), "no_pictures", "train.json", True),
     Fault("no annotations", lambda c: c.train.update(annotations=[]), "no_objects", "train.json", True),
@@ -224,6 +226,43 @@ def test_coco(fault, coco_set):
             open_splits(root)
         return
     check(fault, root, OBJECTS)
+
+
+@pytest.mark.parametrize("text", ['{"im', "<html>404</html>", "version 1 of a pointer to a large file"])
+def test_one_broken_file_beside_pictures_is_named(coco_set, text):
+    """And not taken for a folder with a class called `images`."""
+    coco_set.files = {"train": text}
+    root = coco_set.write()
+    (root / "val.json").unlink()
+    with pytest.raises(UserError, match=r"train\.json: .*(cut off|not valid JSON)"):
+        open_splits(root)
+    assert [(p.kind, Path(p.where).name) for p in inspect_data(root).problems] == [("bad_json", "train.json")]
+
+
+def test_broken_files_that_are_no_split_do_not_matter(coco_set):
+    root = coco_set.write()
+    (root / "train_settings.json").write_text("{")
+    (root / "notes.json").write_text("{")
+    assert inspect_data(root).ok and len(open_splits(root).train) == 4
+
+
+def test_a_folder_inside_a_set_names_the_set(coco_set, voc_set, yolo_set, tmp_path, monkeypatch):
+    coco_set.write()
+    inner = [
+        (voc_set, "Annotations"), (voc_set, "JPEGImages"), (voc_set, "ImageSets"), (voc_set, "ImageSets/Main"),
+        (coco_set.root, "images"), (yolo_set, "images"), (yolo_set, "images/train"), (yolo_set, "labels"),
+        (yolo_set, "labels/val"),
+    ]  # fmt: skip
+    for root, name in inner:
+        with pytest.raises(UserError, match=f"is a part of the .* data set in {root}, .*; give {root} instead"):
+            open_splits(root / name)
+        assert [p.kind for p in inspect_data(root / name).problems] == ["part_of_set"], name
+    monkeypatch.chdir(voc_set / "Annotations")
+    with pytest.raises(UserError, match=f"give {voc_set} instead"):
+        open_splits(".")
+    (tmp_path / "other").mkdir()  # beside sets, but inside none
+    with pytest.raises(UserError, match="no pictures"):
+        open_splits(tmp_path / "other")
 
 
 def test_boxes_that_only_the_picture_itself_refutes(coco_set):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ __all__ = [
 
 Format = Literal["image_folder", "table", "webdataset", "hf_dataset", "coco", "voc", "yolo"]
 Place = str | Path | Sequence[str | Path]  # several only for tar shards
+# How folders inside a data set of boxes are called, in lower case and without the year
+INNER = {*coco.ANNOTATION_FOLDERS, *voc.ANNOTATION_FOLDERS, *SPLIT_NAMES, "imagesets", "main", "layout"} | {
+    name.lower() for name in (*coco.PICTURE_FOLDERS, *voc.PICTURE_FOLDERS)
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,33 @@ def _detection_format(path: Path) -> Literal["coco", "voc", "yolo"] | None:
 
 def find(path: Place) -> Found:
     """Everything that lies there and everything wrong with it; a UserError only where there is nothing at all."""
+    found = _find(path)
+    nothing = not any(len(source) for source in found.splits.values())
+    if nothing and found.format != "coco" and (above := _set_above(path)) is not None:
+        folder, form = above
+        what = f"is a part of the {form} data set in {folder}, without what else belongs to it; give {folder} instead"
+        found.problems[:] = [Problem("part_of_set", str(path), what)]  # of which all else is a consequence
+    return found
+
+
+def _set_above(path: Place) -> tuple[Path, str] | None:
+    """The data set of boxes whose inner folder this is, and its format."""
+    if not isinstance(path, str | Path) or not Path(path).is_dir():
+        return None
+    path = Path(path) if Path(path).name not in ("", "..") else Path(os.path.abspath(path))
+    for folder in path.parents[:2]:
+        if any(part.lower().rstrip("0123456789") not in INNER for part in path.relative_to(folder).parts):
+            break
+        try:
+            form = _detection_format(folder)
+        except UserError:  # annotations of another kind
+            continue
+        if form is not None:
+            return folder, {"coco": "COCO", "voc": "Pascal VOC", "yolo": "YOLO"}[form]
+    return None
+
+
+def _find(path: Place) -> Found:
     match detect_format(path):
         case "webdataset":
             return webdataset.find(_shards(path) or webdataset.list_shards(Path(str(path))))

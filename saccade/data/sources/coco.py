@@ -58,12 +58,23 @@ def list_files(path: Path) -> list[Path]:
     files = [file for folder in [path, *below] for file in sorted(folder.glob("*.json"))]
     kinds = {file: sniff(file) for file in files if not file.name.startswith(".")}
     chosen = [file for file, kind in kinds.items() if kind == "boxes"]
+    expected = bool(chosen) or _has_pictures(path)
     bare = [
         file
         for file, kind in kinds.items()
-        if (kind == "bare" or (kind == "empty" and (chosen or _has_pictures(path))))
+        if (kind == "bare" or (kind == "empty" and expected))
         and not OTHERS.match(file.stem)
         and (OURS.search(file.stem) or _split_word(file.stem))
+    ]
+    there = {_split_of(file, path) for file in [*chosen, *bare]}
+    bare += [  # cut off before its first word, a page of a web server in its place, ...
+        file
+        for file, kind in kinds.items()
+        if not kind
+        and not OTHERS.match(file.stem)
+        and (OURS.search(file.stem) or (_split_word(file.stem) and expected))
+        and _split_of(file, path) not in there
+        and load_json(file)[1]
     ]
     if not chosen and not bare:
         panoptic = [file for file, kind in kinds.items() if kind == "segments"]
