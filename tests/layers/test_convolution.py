@@ -133,8 +133,8 @@ from saccade.layers.convolution import ConvNorm
 
 torch.manual_seed(0)
 made = ConvNorm(4, 8, kernel=1, stride=2)
-factors = torch.randn(3, 8, 17, 16, dtype=torch.float64)
-x = torch.randn(3, 4, 33, 32).to(memory_format=torch.channels_last)
+factors = torch.randn(32, 8, 16, 16, dtype=torch.float64)
+x = torch.randn(32, 4, 32, 32).to(memory_format=torch.channels_last)
 gradients = []
 for kind in (torch.float64, torch.float32):
     made.zero_grad()
