@@ -468,7 +468,11 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="weights: a hub name, a folder in the hub's layout, a file")
-    parser.add_argument("--data", metavar="DIR", help="folder of pictures to compare on (default: two photographs)")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="pictures, or texts in lines, to compare on (default: two photographs, sentences)",
+    )
     parser.add_argument("--image-size", metavar="N", help="224, or height x width such as 224x160")
     parser.add_argument("--dtype", choices=["both", "float32", "float64"], default="both", help="default both")
     parser.add_argument("--out", metavar="FILE", help="write a certificate (JSON): versions, hashes, figures, answers")

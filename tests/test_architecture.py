@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "backbones", "models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain", "tokenizer",
         "decoding",
     },  # fmt: skip
-    "verification": {"backbones", "models", "tasks", "data", "weights", "weights.formats"},
+    "verification": {"backbones", "models", "decoding", "tokenizer", "tasks", "data", "weights", "weights.formats"},
     "recipes": {"backbones", "models", "catalog", "data", "weights", "tasks", "engine"},
     "demo": {"*"},
     "api": {"*"},

@@ -1,23 +1,18 @@
-"""Is our model the one whose weights it has? Ours and the reference code, side by side on the same pictures."""
+"""Is our model the one whose weights it has? Ours and the reference code, side by side on the same input."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from saccade.backbones import build_backbone
-from saccade.backbones.base import Row
-from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
-from saccade.models import build_network, read_row
 from saccade.models.detector import Detector, DetectorRow
+from saccade.models.translator import Translator, TranslatorRow
 from saccade.verification.certificate import FORMAT, compare_recorded, read_certificate, record
 from saccade.verification.choices import Choices
 from saccade.verification.compare import (
@@ -25,68 +20,22 @@ from saccade.verification.compare import (
     TOLERANCES,
     Comparison,
     Judge,
-    Network,
     Outcome,
     compare,
     cross_entropy,
     functional,
-    load_reference,
     run_ours,
     run_theirs,
 )
 from saccade.verification.detection import judge_ours, judge_theirs, made_up_counts, made_up_targets
 from saccade.verification.pictures import Pictures, choose_pictures, read_shape
-from saccade.verification.report import Verification
+from saccade.verification.report import Verification, size_of
+from saccade.verification.subject import Subject, needed_peer, open_subject
+from saccade.verification.texts import Texts, ask_ours, ask_theirs, choose_texts
 from saccade.weights.fingerprint import hash_tensors
-from saccade.weights.formats import FORMATS
-from saccade.weights.formats.table import DetectorPeer, Format, Rule, State, read_state, write_state
-from saccade.weights.load import is_ours, load_weights
+from saccade.weights.formats.table import DetectorPeer, Peer, TranslatorPeer
 
-__all__ = ["Verification", "verify"]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Weights in both forms, and what is needed to build both models."""
-
-    source: str
-    format: Format  # of `theirs`
-    row: Row
-    classes: int
-    config: Mapping[str, Any]
-    ours: dict[str, Tensor]
-    theirs: Mapping[str, Tensor]
-    preprocessing: PreprocessingConfig
-    written: bool = False  # `theirs` were written from ours, because the source's own dialect has no reference code
-    notes: tuple[str, ...] = ()  # what was assumed and left aside when the source was read
-
-    @property
-    def rules(self) -> list[Rule]:
-        return self.format.rules(self.row, self.classes)
-
-    def network(self, dtype: str) -> Network | Detector:
-        """Ours. Where a rule computes (such as a sum of two tensors) and float32 rounded it, float64 is not rounded."""
-        wide = {name: value.double() if value.is_floating_point() else value for name, value in self.theirs.items()}
-        exact = read_state(wide, self.rules, self.format.ignored, self.source)
-        weights = {
-            name: exact[name] if torch.equal(exact[name].to(value.dtype), value) else value
-            for name, value in self.ours.items()
-        }
-        if isinstance(self.row, DetectorRow):
-            network = build_network(self.row, self.classes)
-            assert isinstance(network, Detector)
-        else:
-            network = Network(build_backbone(self.row), self.classes)
-        network.to(DTYPES[dtype]).load_state_dict(weights)
-        return network.eval()
-
-    def reference(self) -> nn.Module:
-        assert self.format.peer is not None
-        model = self.format.peer.build(self.row, self.classes, self.config)
-        patterns = self.format.ignored
-        return load_reference(
-            model, self.theirs, lambda name: any(fnmatchcase(name, pattern) for pattern in patterns), self.source
-        )
+__all__ = ["Subject", "Verification", "verify"]
 
 
 def verify(
@@ -102,8 +51,9 @@ def verify(
     """Compare our model of these weights with the reference code, or with what a certificate recorded of it.
 
     `source` is a name on a hub, a folder in the hub's layout, or a file. The pictures are those of the folder `data`,
-    or two photographs that come with scikit-learn; `image_size` is `224` or `224x160` (height first). `model` names
-    the architecture where a bare file leaves it open, `branch` the part of a checkpoint.
+    or two photographs that come with scikit-learn; `image_size` is `224` or `224x160` (height first). A model of texts
+    is given the lines of the file `data`, or texts with their translations, or sentences of ours. `model` names the
+    architecture where a bare file leaves it open, `branch` the part of a checkpoint.
     """
     if dtype not in ("both", *DTYPES):
         raise UserError(f"--dtype {dtype}: not known; use both, {' or '.join(DTYPES)}")
@@ -112,23 +62,22 @@ def verify(
     if certificate is not None:
         return verify_recorded(subject, certificate, data, image_size, dtypes)
     peer = needed_peer(subject)
-    shape = read_shape(image_size or str(subject.row.image_size), subject.row.stride)
-    pictures = choose_pictures(data, shape, subject.preprocessing)
+    shown = _choose(subject, data, image_size)
     reference = subject.reference()
     comparisons: dict[str, Comparison] = {}
     recorded: dict[str, Any] = {}
     for name in dtypes:
         choices = Choices(TOLERANCES[name].logits)
         with choices.noted():
-            ours = _ours(subject, pictures, name)
+            ours = _ours(subject, shown, name)
         with choices.repeated():
-            theirs = _theirs(subject, reference, pictures, name, list(ours.gradients))
+            theirs = _theirs(subject, reference, shown, name, list(ours.gradients))
         comparisons[name] = compare(ours, theirs, _stage_names(subject), TOLERANCES[name])
         if (answers := record(theirs)) is not None:
             recorded[name] = answers
         del ours, theirs
     versions = {peer: importlib.metadata.version(peer)}
-    facts = describe(subject, pictures, versions)
+    facts = describe(subject, shown, versions)
     return Verification(f"{peer} {versions[peer]}", facts, comparisons, recorded)
 
 
@@ -140,15 +89,20 @@ def verify_recorded(
     missing = [name for name in dtypes if name not in recorded["recorded"]]
     if missing:
         raise UserError(f"--certificate {certificate}: records nothing in {', '.join(missing)}; choose another --dtype")
-    kept = recorded["pictures"]
-    shape = read_shape(image_size or f"{kept['height']}x{kept['width']}", subject.row.stride)
-    pictures = choose_pictures(data, shape, subject.preprocessing)
-    if pictures.sha256 != kept["sha256"]:
+    kind = _kind(subject)
+    if kind not in recorded:
+        raise UserError(f"--certificate {certificate}: was not made with {kind}, which {subject.source} is a model of")
+    kept = recorded[kind]
+    if image_size is None and kind == "pictures":
+        image_size = f"{kept['height']}x{kept['width']}"
+    shown = _choose(subject, data, image_size)
+    if shown.sha256 != kept["sha256"]:
+        also = ", and no other --image-size" if kind == "pictures" else ""
         raise UserError(
-            f"--certificate {certificate}: was made with other pictures ({kept['count']} of {kept['origin']}, "
-            f"{kept['height']} x {kept['width']}); give those by --data, and no other --image-size"
+            f"--certificate {certificate}: was made with other {kind} ({kept['count']} of {kept['origin']}, "
+            f"{size_of(kept)}); give those by --data{also}"
         )
-    facts = {**describe(subject, pictures, {}), "compared_with": recorded["versions"]}
+    facts = {**describe(subject, shown, {}), "compared_with": recorded["versions"]}
     faults = [
         f"{what} {'is' if what != 'weights' else 'are'} not what was certified"
         for what, same in (
@@ -159,7 +113,7 @@ def verify_recorded(
     ]
     comparisons = {
         name: compare_recorded(
-            _ours(subject, pictures, name),
+            _ours(subject, shown, name),
             recorded["recorded"][name],
             _stage_names(subject),
             TOLERANCES[name],
@@ -172,89 +126,36 @@ def verify_recorded(
     return Verification(reference, facts, comparisons, recorded["recorded"], tuple(faults))
 
 
-def open_subject(source: str, model: str | None = None, branch: str | None = None) -> Subject:
-    """Weights from wherever they are. Those of saccade itself are written in a dialect that has a reference."""
-    if is_ours(Path(source)):
-        loaded = load_weights(source)
-        row, classes = read_row(loaded.card.architecture, loaded.where), len(loaded.card.class_names)
-        written = _write_for_reference(row, classes, loaded.weights)
-        if written is None:
-            raise UserError(f"{source}: no reference code is known for such a model ({row.family}, {row.about})")
-        form, theirs = written
-        config = form.write_config(row, classes)
-        preprocessing = loaded.card.preprocessing
-        return Subject(source, form, row, classes, config, loaded.weights, theirs, preprocessing, written=True)
-    from saccade.weights.convert import import_weights
-    from saccade.weights.source import open_weights
-
-    raw = open_weights(source, branch=branch)
-    found = import_weights(raw, model=model)
-    form, config, theirs = found.format, raw.config, found.theirs
-    written = _write_for_reference(found.row, found.classes, found.weights) if form.peer is None else None
-    if written is not None:
-        form, theirs = written
-        config = form.write_config(found.row, found.classes)
-    else:  # what older files lack has a default here, which the reference is given, too
-        rules = form.rules(found.row, found.classes)
-        defaults = write_state(found.weights, [rule for rule in rules if not theirs.keys() & {*rule.theirs}])
-        theirs = {**defaults, **theirs}
-    return Subject(
-        source,
-        form,
-        found.row,
-        found.classes,
-        config,
-        dict(found.weights),
-        theirs,
-        found.preprocessing,
-        written is not None,
-        (*raw.notes, *found.notes),
-    )
+def _kind(subject: Subject) -> str:
+    return "texts" if isinstance(subject.row, TranslatorRow) else "pictures"
 
 
-def _write_for_reference(row: Row, classes: int, ours: State) -> tuple[Format, dict[str, Tensor]] | None:
-    """Our weights in the first dialect that has reference code and can express this model."""
-    for form in FORMATS:
-        if form.family == row.family and form.peer is not None:
-            try:
-                form.write_config(row, classes)
-                return form, write_state(ours, form.rules(row, classes))
-            # a row that this dialect has no words for
-            except (UserError, KeyError, ValueError, AssertionError, NotImplementedError):
-                continue
-    return None
-
-
-def needed_peer(subject: Subject) -> str:
-    """The package that holds the reference code, which must be installed."""
-    peer = subject.format.peer
-    if peer is None:
-        raise UserError(
-            f"{subject.source}: for the dialect {subject.format.name!r} no reference code is known that could be run; "
-            "give --certificate FILE, or the same weights in the dialect of timm or transformers"
-        )
-    try:
-        importlib.metadata.version(peer.package)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"{subject.source}: the reference code is in {peer.package}, which is not installed; `pip install "
-            f"{peer.package}` (or saccade[peers]), or compare with recorded answers: --certificate FILE"
-        ) from None
-    return peer.package
+def _choose(subject: Subject, data: str | Path | None, image_size: str | None) -> Pictures | Texts:
+    """What both sides are shown."""
+    if isinstance(subject.row, TranslatorRow):
+        if image_size is not None:
+            raise UserError(f"--image-size {image_size}: is for pictures, and {subject.source} is a model of texts")
+        return choose_texts(data, subject.tokenizer, subject.row, subject.source)
+    shape = read_shape(image_size or str(subject.row.image_size), subject.row.stride)
+    return choose_pictures(data, shape, subject.preprocessing)
 
 
 def _stage_names(subject: Subject) -> list[str]:
     return [stage.name for stage in subject.format.stages(subject.row)]
 
 
-def _ours(subject: Subject, pictures: Pictures, dtype: str) -> Outcome:
-    images = pictures.normalised(subject.preprocessing, DTYPES[dtype])
+def _ours(subject: Subject, shown: Pictures | Texts, dtype: str) -> Outcome:
     network, stages, judge = subject.network(dtype), subject.format.stages(subject.row), _judge(subject)
+    if isinstance(shown, Texts):
+        assert isinstance(network, Translator)
+        return ask_ours(network, shown, stages)
+    assert not isinstance(network, Translator)
+    images = shown.normalised(subject.preprocessing, DTYPES[dtype])
     if isinstance(network, Detector):
         assert isinstance(subject.row, DetectorRow)
         judge = judge_ours(subject.row, made_up_targets(len(images), subject.classes, images.dtype))
-        return run_ours(network, lambda x: network.with_maps(x)[0].logits, images, stages, judge)
-    return run_ours(network, network.predict, images, stages, judge)
+        return run_ours(network, network, lambda x: network.with_maps(x)[0].logits, images, stages, judge)
+    return run_ours(network, network, network.predict, images, stages, judge)
 
 
 def _judge(subject: Subject) -> Judge:
@@ -262,25 +163,28 @@ def _judge(subject: Subject) -> Judge:
 
 
 def _theirs(
-    subject: Subject, reference: nn.Module, pictures: Pictures, dtype: str, parameters: Sequence[str]
+    subject: Subject, reference: nn.Module, shown: Pictures | Texts, dtype: str, parameters: Sequence[str]
 ) -> Outcome:
-    peer = subject.format.peer
-    assert peer is not None
-    images = pictures.normalised(subject.preprocessing, DTYPES[dtype])
-    stages = subject.format.stages(subject.row)
+    peer, stages, rules = subject.format.peer, subject.format.stages(subject.row), subject.rules
+    reference = reference.to(DTYPES[dtype])
+    if isinstance(shown, Texts):
+        assert isinstance(peer, TranslatorPeer) and isinstance(subject.row, TranslatorRow)
+        assert subject.tokenizer is not None
+        return ask_theirs(reference, peer, shown, subject.row, subject.tokenizer, stages, rules, parameters)
+    assert isinstance(peer, Peer)
+    images = shown.normalised(subject.preprocessing, DTYPES[dtype])
     call, judge = peer.logits, _judge(subject)
     if isinstance(peer, DetectorPeer):
         targets = made_up_targets(len(images), subject.classes, images.dtype)
         call, judge = peer.outputs, judge_theirs(reference, peer, targets)
-    return run_theirs(reference.to(DTYPES[dtype]), call, images, stages, judge, subject.rules, parameters)
+    return run_theirs(reference, call, images, stages, judge, rules, parameters)
 
 
-def describe(subject: Subject, pictures: Pictures, versions: Mapping[str, Any]) -> dict[str, Any]:
+def describe(subject: Subject, shown: Pictures | Texts, versions: Mapping[str, Any]) -> dict[str, Any]:
     """What a certificate says beside its figures."""
     from saccade import __version__
 
-    height, width = pictures.shape
-    things = made_up_counts(len(pictures.pixels)) if isinstance(subject.row, DetectorRow) else []
+    things = made_up_counts(shown.facts["count"]) if isinstance(subject.row, DetectorRow) else []
     made_up = [f"made-up things in the pictures: {', '.join(map(str, things))}"] if things else []
     return {
         "certificate": FORMAT,
@@ -295,11 +199,5 @@ def describe(subject: Subject, pictures: Pictures, versions: Mapping[str, Any]) 
         "notes": [*subject.notes, *made_up],
         "versions": {**versions, "saccade": __version__, "torch": torch.__version__},
         "weights": {"sha256": hash_tensors(subject.theirs), "tensors": len(subject.theirs)},
-        "pictures": {
-            "sha256": pictures.sha256,
-            "count": len(pictures.pixels),
-            "height": height,
-            "width": width,
-            "origin": pictures.origin,
-        },
+        _kind(subject): shown.facts,
     }

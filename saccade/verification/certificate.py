@@ -66,11 +66,12 @@ class Digest:
 
 def record(outcome: Outcome) -> dict[str, Any] | None:
     """What a certificate keeps of the reference's answers in one number format; none where they are not finite."""
-    answers = list(outcome.answers.values())
+    answers, given = list(outcome.answers.values()), outcome.given
     tensors = [*outcome.stages.values(), outcome.logits, *answers, outcome.loss, *outcome.gradients.values()]
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         return None
     return {
+        **({"given": {name: value.tolist() for name, value in given.items()}} if given else {}),
         "stages": {name: Digest.of(tensor, STAGE_PARTS).to_dict() for name, tensor in outcome.stages.items()},
         "logits": _figures(outcome.logits),
         **({"answers": {name: _figures(value) for name, value in outcome.answers.items()}} if answers else {}),
@@ -88,7 +89,8 @@ def compare_recorded(
 ) -> Comparison:
     """As `compare`, with the recorded figures in place of the reference's tensors."""
     kept = {name: Digest.from_dict(values) for name, values in recorded["stages"].items()}
-    forward = [digest_gap(name, ours.stages.get(name), kept.get(name), tolerance.stages) for name in stages]
+    forward = [_recorded_gap(name, ours.given.get(name), v, tolerance) for name, v in recorded.get("given", {}).items()]
+    forward += [digest_gap(name, ours.stages.get(name), kept.get(name), tolerance.stages) for name in stages]
     for name, logits in (("logits", ours.logits), ("logits of predict", ours.predicted)):
         if logits is not None:
             forward.append(_recorded_gap(name, logits, recorded["logits"], tolerance))
@@ -133,8 +135,8 @@ def read_certificate(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--certificate {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"--certificate {path}: not valid JSON ({error}); get it anew") from None
-    needed = {"source", "architecture", "versions", "weights", "pictures", "recorded"}
-    if not isinstance(values, dict) or not needed <= values.keys():
+    needed = {"source", "architecture", "versions", "weights", "recorded"}
+    if not isinstance(values, dict) or not needed <= values.keys() or not {"pictures", "texts"} & values.keys():
         raise UserError(f"--certificate {path}: not a certificate of saccade; `saccade verify SOURCE --out` writes one")
     if values.get("certificate") != FORMAT:
         raise UserError(f"--certificate {path}: written by a newer saccade; update the library")

@@ -54,11 +54,12 @@ class Outcome:
     """All that one side gives for the pictures, in names and layouts that both sides share."""
 
     stages: dict[str, Tensor]  # in the order of computation; a stage that did not run is absent
-    logits: Tensor  # (B, K), or the summary (B, C) of a model without classes, or a detector's (B, Q, K)
+    logits: Tensor  # (B, K), or a summary (B, C) without classes, a detector's (B, Q, K), a translator's (B, T, V)
     loss: Tensor
     gradients: dict[str, Tensor]  # by our names
     predicted: Tensor | None = None  # the logits again, by the way that `predict` takes
     answers: Mapping[str, Tensor] = field(default_factory=dict)  # of a detector: boxes, matches and parts of the loss
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # whole numbers that texts were made into before all else
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ def _or_infinite(value: float) -> float:
 
 
 def compare(ours: Outcome, theirs: Outcome, stages: Iterable[str], tolerance: Tolerance) -> Comparison:
-    """Stages in their order, then logits, other answers and loss, then gradients."""
-    forward = [tensor_gap(name, ours.stages.get(name), theirs.stages.get(name), tolerance.stages) for name in stages]
+    """What was given, stages in their order, then logits, other answers and loss, then gradients."""
+    forward = [answer_gap(name, ours.given.get(name), theirs.given.get(name), 0.0) for name in ours.given]
+    forward += [tensor_gap(name, ours.stages.get(name), theirs.stages.get(name), tolerance.stages) for name in stages]
     forward.append(tensor_gap("logits", ours.logits, theirs.logits, tolerance.logits, least=1.0))
     if ours.predicted is not None:
         forward.append(tensor_gap("logits of predict", ours.predicted, theirs.logits, tolerance.logits, least=1.0))
@@ -144,8 +146,8 @@ def answer_gap(name: str, ours: Tensor | None, theirs: Tensor | None, limit: flo
     """As `tensor_gap`; whole numbers are choices, which agree or do not."""
     if ours is None or theirs is None or ours.is_floating_point() or ours.shape != theirs.shape:
         return tensor_gap(name, ours, theirs, limit, least=1.0)
-    others = int((ours != theirs).sum())
-    return Gap(name, others, others / max(1, len(ours)), others == 0, f"{others} of {len(ours)}" if others else "")
+    others, count = int((ours != theirs).sum()), ours.numel()
+    return Gap(name, others, others / max(1, count), others == 0, f"{others} of {count}" if others else "")
 
 
 def gap(name: str, difference: float, largest: float, limit: float, least: float) -> Gap:
@@ -170,11 +172,16 @@ class Network(nn.Module):
 
 
 def run_ours(
-    network: nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor, stages: Sequence[Stage], judge: Judge
+    network: nn.Module,
+    call: Callable[[Any], Any],
+    predict: Callable[[Any], Tensor],
+    images: Any,
+    stages: Sequence[Stage],
+    judge: Judge,
 ) -> Outcome:
-    """`predict` gives the logits by the way that prediction takes."""
+    """`call` gives what is judged, of pictures or texts; `predict` the logits by the way that prediction takes."""
     watched = {stage.name: (_path_of(network, stage.ours), stage.ours_as) for stage in stages}
-    seen, judged, gradients = _run(network, network, images, watched, judge)
+    seen, judged, gradients = _run(network, call, images, watched, judge)
     with torch.no_grad():
         predicted = predict(images)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
@@ -183,8 +190,8 @@ def run_ours(
 
 def run_theirs(
     model: nn.Module,
-    call: Callable[[nn.Module, Tensor], Any],
-    images: Tensor,
+    call: Callable[[nn.Module, Any], Any],
+    images: Any,
     stages: Sequence[Stage],
     judge: Judge,
     rules: Sequence[Rule],
@@ -207,7 +214,7 @@ def _path_of(network: nn.Module, path: str) -> str:
 
 
 def _run(
-    model: nn.Module, call: Callable[[Tensor], Any], images: Tensor, watched: Watched, judge: Judge
+    model: nn.Module, call: Callable[[Any], Any], images: Any, watched: Watched, judge: Judge
 ) -> tuple[dict[str, Tensor], Judged, dict[str, Tensor]]:
     """Stages, what is made of the outputs, and the gradients by the model's own names, in evaluation mode."""
     model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,6 +33,12 @@ class Pictures:
     @property
     def shape(self) -> tuple[int, int]:
         return self.pixels.shape[2], self.pixels.shape[3]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        height, width = self.shape
+        count = len(self.pixels)
+        return {"sha256": self.sha256, "count": count, "height": height, "width": width, "origin": self.origin}
 
     def normalised(self, preprocessing: PreprocessingConfig, dtype: torch.dtype) -> Tensor:
         mean, std = (

@@ -81,12 +81,12 @@ class Verification:
         write_atomically(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
     def render(self, console: Console) -> None:
-        pictures = self.facts["pictures"]
+        kind = "pictures" if "pictures" in self.facts else "texts"
+        shown = self.facts[kind]
         say(
             console,
             f"{self.facts['source']}: {self.facts['dialect']} {self.facts['family']} ({self.facts['about']}), "
-            f"{self.facts['mode']} mode, {pictures['count']} pictures of {pictures['height']} x {pictures['width']} "
-            f"({pictures['origin']})",
+            f"{self.facts['mode']} mode, {shown['count']} {kind} of {size_of(shown)} ({shown['origin']})",
         )
         for note in self.facts["notes"]:
             say(console, f"  {note}")
@@ -110,6 +110,11 @@ class Verification:
             text = f"{far} of them depart" if far else "all agree"
             say(console, f"{dtype}: gradients of {len(self.comparisons[dtype].gradients)} parameters, {text}")
         say(console, self.verdict, "bold green" if self.agrees else "bold red")
+
+
+def size_of(shown: Mapping[str, Any]) -> str:
+    """Of pictures or texts, as certificates describe them."""
+    return f"{shown['height']} x {shown['width']}" if "height" in shown else f"up to {shown['tokens']} tokens"
 
 
 def say(console: Console, text: str, style: str = "") -> None:

@@ -6,7 +6,10 @@ Their tokens are pieces of two sentencepiece models over one list, which lie bes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from saccade.errors import UserError
 from saccade.layers.positions import sinusoidal_1d
 from saccade.models.transformer import TransformerRow
 from saccade.tokenizer import MarianTokenizer
-from saccade.weights.formats.table import Format, Rule, Shapes, Stage, State, module, packed, same
+from saccade.weights.formats.table import Format, Rule, Shapes, Stage, State, TranslatorPeer, module, packed, same
 
 TOKENS = "model.shared.weight"
 COPIES = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
@@ -113,11 +116,12 @@ def _stages(row: Row) -> list[Stage]:
     def first(output: Any) -> Tensor:
         return output[0] if isinstance(output, tuple) else output
 
-    return [
-        Stage(f"{side} {i}", f"{side}.{i}", f"model.{side}.layers.{i}", theirs_as=first)
-        for side, depth in (("encoder", row.encoder_depth), ("decoder", row.decoder_depth))
-        for i in range(depth)
-    ]
+    def blocks(side: str, depth: int) -> list[Stage]:
+        paths = ((f"{side}.{i}", f"model.{side}.layers.{i}") for i in range(depth))
+        return [Stage(f"{side}, block {i}", *path, theirs_as=first) for i, path in enumerate(paths)]
+
+    states = Stage("encoder states", "encoder_norm", "model.encoder", theirs_as=lambda output: output[0])
+    return [*blocks("encoder", row.encoder_depth), states, *blocks("decoder", row.decoder_depth)]
 
 
 def _write_config(row: Row, classes: int) -> dict[str, Any]:
@@ -150,12 +154,60 @@ def _write_config(row: Row, classes: int) -> dict[str, Any]:
     }
 
 
-def build_peer(row: TransformerRow) -> nn.Module:
-    """transformers' model with random weights."""
+def build_peer(row: Row, config: Mapping[str, Any] | None = None) -> nn.Module:
+    """transformers' model with random weights, as a config.json describes it; without one, the row."""
     from transformers import MarianConfig, MarianMTModel
 
-    config = MarianConfig(**{name: value for name, value in _write_config(row, 0).items() if name != "model_type"})
-    return MarianMTModel(config)
+    return MarianMTModel(MarianConfig.from_dict(dict(config or _write_config(row, 0))))
+
+
+def _peer_to_compare(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
+    """By the file's own description, which we may have read wrongly. The bias of the scores is a buffer there; as a
+    parameter it has a gradient to compare."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    described = {name: config[name] for name in _write_config(row, classes) if name in config}
+    try:
+        model = build_peer(row, {**described, "tie_word_embeddings": True})  # `_complete` found one table for all
+    except (StrictDataclassError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"transformers builds no model of this config.json ({' '.join(str(error).split())})") from None
+    bias = model.get_buffer(BIAS)
+    delattr(model, BIAS)
+    model.register_parameter(BIAS, nn.Parameter(bias))
+    return model
+
+
+def _peer_outputs(model: Any, source: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """By its own loss, and its own beginnings of the translations."""
+    pad = model.config.pad_token_id
+    labels = targets.masked_fill(targets == pad, -100)  # which it leaves out
+    found = model(input_ids=source, attention_mask=(source != pad).long(), labels=labels)
+    return found.logits, found.loss
+
+
+def _peer_translations(model: Any, source: Tensor, most: int, beams: int) -> list[list[int]]:
+    pad, end = model.config.pad_token_id, model.config.eos_token_id
+    found = model.generate(
+        source, attention_mask=(source != pad).long(), num_beams=beams, do_sample=False, length_penalty=1.0,
+        early_stopping=False, max_length=most + 1, bad_words_ids=[[pad]], renormalize_logits=True,
+        forced_eos_token_id=end, decoder_start_token_id=model.config.decoder_start_token_id,
+    )  # fmt: skip
+    rows = [row[1:] for row in found.tolist()]
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def _peer_tokens(files: Mapping[str, bytes], texts: Sequence[str], target: bool) -> list[list[int]]:
+    from transformers import MarianTokenizer as Theirs
+
+    with TemporaryDirectory() as folder:
+        for name, data in files.items():
+            Path(folder, name).write_bytes(data)
+        of, into, vocabulary = (str(Path(folder, name)) for name in FILES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it recommends another package, for what it does not do here
+            tokenizer = Theirs(of, into, vocabulary)
+        found = tokenizer(text_target=list(texts)) if target else tokenizer(list(texts))
+    return found["input_ids"]
 
 
 def _tokenizer(files: Mapping[str, bytes], where: str) -> str:
@@ -179,6 +231,8 @@ FORMATS: tuple[Format, ...] = (
         rules=_rules,
         stages=_stages,
         write_config=_write_config,
+        ignored=(*COPIES, *PLACES),  # they are the one table, and computed
+        peer=TranslatorPeer("transformers", _peer_to_compare, _peer_outputs, _peer_translations, _peer_tokens),
         complete=_complete,
         tokenizer=_tokenizer,
     ),

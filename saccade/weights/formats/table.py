@@ -98,6 +98,20 @@ class DetectorPeer(Peer):
 
 
 @dataclass(frozen=True)
+class TranslatorPeer:
+    """How a reference model of texts is built and called. Padding is the one that the model knows."""
+
+    package: str  # whose version counts
+    build: Callable[[Row, int, Mapping[str, Any]], nn.Module]  # (row, 0, config) -> model with random weights
+    # (model, texts (B, S), translations (B, T)) -> logits (B, T, V), and the mean loss of all tokens but padding
+    outputs: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    # (model, texts (B, S), most tokens with the end, beams; 1: greedy) -> tokens of each translation without the end
+    translate: Callable[[nn.Module, Tensor, int, int], list[list[int]]]
+    # (files of the tokenizer by name, texts, are they translations) -> tokens of each with the end
+    encode: Callable[[Mapping[str, bytes], Sequence[str], bool], list[list[int]]]
+
+
+@dataclass(frozen=True)
 class Format:
     """A family of models in a dialect.
 
@@ -115,7 +129,7 @@ class Format:
     stages: Callable[[Row], list[Stage]]
     write_config: Callable[[Row, int], dict[str, Any]]  # their config.json; class names and such are added by others
     ignored: tuple[str, ...] = ()  # patterns of keys that carry nothing to learn (index buffers, mask tokens)
-    peer: Peer | None = None
+    peer: Peer | TranslatorPeer | None = None
     preprocessing: PreprocessingConfig | None = None  # where the source says nothing
     processor: Callable[[PreprocessingConfig], dict[str, Any]] | None = None  # their own words in preprocessor_config
     # (tensors, config) -> the tensors with those that a file leaves out because it holds them under another name
