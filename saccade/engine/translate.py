@@ -232,7 +232,7 @@ def relevance(network: Translator, source: Tensor, inputs: Tensor, said: Sequenc
     """
     with torch.enable_grad():
         embedded = network.embed_source(source).detach().requires_grad_()
-        scores = network.scores(network.hidden(source, inputs, embedded))[0].log_softmax(dim=-1)
+        scores = network.outputs(network.hidden(source, inputs, embedded)).logits[0].log_softmax(dim=-1)
         rows = []
         for place, token in enumerate(said):
             (gradient,) = torch.autograd.grad(scores[place, token], embedded, retain_graph=True)

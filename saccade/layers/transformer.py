@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from saccade.layers.attention import MultiHeadAttention
+from saccade.layers.dropout import dropout
 from saccade.layers.feedforward import feed_forward
 
 
@@ -90,7 +90,7 @@ class TransformerBlock(nn.Module):
 
     def _after(self, x: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
         if self.training and self.dropout:
-            branch = F.dropout(branch, self.dropout)
+            branch = dropout(branch, self.dropout, True)
         x = x + branch
         return x if self.norm_first else norm(x)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from saccade.layers.linear import linear
+from saccade.layers.dropout import dropout
 from saccade.layers.stepping import PackedLinear
 from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
 
@@ -116,7 +116,7 @@ class Recurrent(Translator):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = F.embedding(tokens, self.embeddings) * self.config.width**0.5
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, self.training)
 
     def encode(self, source: Int[Tensor, "B S"], embedded: Float[Tensor, "B S C"] | None = None) -> Memory:
         keep = source != self.config.pad
@@ -126,7 +126,7 @@ class Recurrent(Translator):
         states, _ = pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
         final = last[0] if isinstance(last, tuple) else last
         summary = torch.cat((final[-2], final[-1]), dim=-1)  # (B, C): the last state of either direction
-        states = F.dropout(states, self.config.dropout, self.training)
+        states = dropout(states, self.config.dropout, self.training)
         keys = states if self.attention is None else self.attention.key(states)
         return Memory(summary, states, keys, keep)
 
@@ -147,19 +147,16 @@ class Recurrent(Translator):
             context, weights = memory.summary[:, None].expand(-1, h.shape[1], -1), None
         else:
             context, weights = self.attention(h, memory.keys, memory.states, memory.keep)
-        both = F.dropout(torch.cat((h, context), dim=-1), self.config.dropout, self.training)
+        both = dropout(torch.cat((h, context), dim=-1), self.config.dropout, self.training)
         g, second = _run(self.second, both, second)
         x = torch.tanh(self.readout(torch.cat((h, g, context), dim=-1)))
-        return F.dropout(x, self.config.dropout, self.training), weights, first, second
-
-    def scores(self, hidden: Float[Tensor, "*B C"]) -> Float[Tensor, "*B V"]:
-        return linear(hidden, self.embeddings)
+        return dropout(x, self.config.dropout, self.training), weights, first, second
 
     def with_alignment(
         self, source: Int[Tensor, "B S"], inputs: Int[Tensor, "B T"]
     ) -> tuple[TranslationOutputs, Float[Tensor, "B T S"] | None]:
         hidden, weights = self._decode(source, inputs)
-        return TranslationOutputs(self.scores(hidden)), weights
+        return self.outputs(hidden), weights
 
     def begin(self, source: Int[Tensor, "B S"], beams: int = 1) -> RecurrentState:
         return RecurrentState(self, source, beams)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from saccade.layers.linear import linear
+from saccade.layers.dropout import dropout
 from saccade.layers.positions import sinusoidal_1d
 from saccade.layers.stepping import BlockStep, PackedLinear, Past
 from saccade.layers.transformer import TransformerBlock, xavier
@@ -134,9 +134,6 @@ class Transformer(Translator):
         positions = self._positions("decoder")
         return self._embed(inputs, positions[: inputs.shape[1]] if time is None else positions[time])
 
-    def scores(self, hidden: Float[Tensor, "*B C"]) -> Float[Tensor, "*B V"]:
-        return linear(hidden, self.embeddings, self.logit_bias)
-
     def with_alignment(
         self, source: Int[Tensor, "B S"], inputs: Int[Tensor, "B T"]
     ) -> tuple[TranslationOutputs, Float[Tensor, "B T S"]]:
@@ -149,7 +146,7 @@ class Transformer(Translator):
             x, weights = block.with_weights(x, memory, context_bias=keep, causal=True)
             shares.append(weights.mean(dim=1))
         mean = torch.stack(shares[1:] or shares).mean(dim=0)
-        return TranslationOutputs(self.scores(self.decoder_norm(x))), mean
+        return self.outputs(self.decoder_norm(x)), mean
 
     def begin(self, source: Int[Tensor, "B S"], beams: int = 1) -> TransformerState:
         return TransformerState(self, source, beams)
@@ -164,7 +161,7 @@ class Transformer(Translator):
         # padding learns nothing by being read; in Marian's models it also stands where a translation begins
         x = F.embedding(tokens, self.embeddings, padding_idx=self.config.pad)
         x = (x * math.sqrt(self.config.width) if self.config.scale_embeddings else x) + positions.to(x.dtype)
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, self.training)
 
     def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not (self.activation_checkpointing and self.training):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saccade.backbones.base import Row
+from saccade.layers.linear import linear
 
 T = TypeVar("T")
 
@@ -43,9 +45,19 @@ STEERING = ("vocabulary", "pad", "begin", "end")
 
 @dataclass(frozen=True)
 class TranslationOutputs:
-    """Scores of each token of the vocabulary at every place, or at those that were asked for."""
+    """Scores of each token of the vocabulary at every place, or at those that were asked for.
 
-    logits: Float[Tensor, "*B V"]
+    They are many: who can do with some at a time takes `hidden` and what it is multiplied with.
+    """
+
+    hidden: Float[Tensor, "*B C"]
+    table: Float[Tensor, "V C"]
+    bias: Float[Tensor, " V"] | None = None
+    ready: Float[Tensor, "*B V"] | None = None  # in less precision, where that is how the model works
+
+    @property
+    def logits(self) -> Float[Tensor, "*B V"]:
+        return linear(self.hidden, self.table, self.bias) if self.ready is None else self.ready
 
 
 class DecodingState(Protocol):
@@ -67,6 +79,8 @@ class Translator(nn.Module, ABC):
 
     config: TranslatorRow
     activation_checkpointing: bool = False
+    embeddings: nn.Parameter  # (V, C), of the translation's tokens; a token's score is its product with the last state
+    logit_bias: nn.Parameter | None = None  # (V,)
 
     @abstractmethod
     def embed_source(self, source: Int[Tensor, "B S"]) -> Float[Tensor, "B S C"]:
@@ -81,9 +95,10 @@ class Translator(nn.Module, ABC):
         `embedded` stands for `embed_source(source)`, for those who want gradients there.
         """
 
-    @abstractmethod
-    def scores(self, hidden: Float[Tensor, "*B C"]) -> Float[Tensor, "*B V"]:
-        """Of each token of the vocabulary."""
+    def outputs(self, hidden: Float[Tensor, "*B C"]) -> TranslationOutputs:
+        outputs = TranslationOutputs(hidden, self.embeddings, self.logit_bias)
+        # who asks for them later may no longer be where this precision holds
+        return replace(outputs, ready=outputs.logits) if torch.is_autocast_enabled(hidden.device.type) else outputs
 
     def forward(
         self, source: Int[Tensor, "B S"], inputs: Int[Tensor, "B T"], where: Bool[Tensor, "B T"] | None = None
@@ -91,7 +106,7 @@ class Translator(nn.Module, ABC):
         """`inputs` begin with `config.begin` and are the translation without its last token. `where`: the places whose
         scores are wanted, one after the other (M, V); padding then costs nothing in the vocabulary."""
         hidden = self.hidden(source, inputs)
-        return TranslationOutputs(self.scores(hidden if where is None else hidden[where]))
+        return self.outputs(hidden if where is None else hidden[where])
 
     @abstractmethod
     def begin(self, source: Int[Tensor, "B S"], beams: int = 1) -> DecodingState:

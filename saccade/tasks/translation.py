@@ -14,6 +14,7 @@ from saccade.backbones.base import Row
 from saccade.config import RunConfig
 from saccade.data.text.batches import TextTargets
 from saccade.decoding import beam_search, greedy
+from saccade.layers.token_loss import linear_cross_entropy
 from saccade.metrics.translation import Example, TranslationMetric, TranslationReport
 from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
 from saccade.tokenizer import Tokenizer
@@ -54,7 +55,10 @@ class TranslationTask:
     def losses(self, outputs: TranslationOutputs, targets: TextTargets) -> dict[str, Tensor]:
         """Cross-entropy by token, the target smoothed over the vocabulary: https://arxiv.org/abs/1512.00567."""
         wanted = targets.tokens[targets.tokens != self.row.pad]
-        loss = F.cross_entropy(outputs.logits.float(), wanted, label_smoothing=self.label_smoothing)
+        if outputs.ready is None:
+            loss = linear_cross_entropy(outputs.hidden, outputs.table, outputs.bias, wanted, self.label_smoothing)
+        else:
+            loss = F.cross_entropy(outputs.ready.float(), wanted, label_smoothing=self.label_smoothing)
         return {"cross_entropy": loss}
 
     def answer(self, network: nn.Module, source: Int[Tensor, "B S"], targets: TextTargets) -> Answer:
@@ -73,9 +77,7 @@ class TranslationTask:
         most = min(self.most, 2 * source.shape[1] + 20)  # a translation that long repeats itself
         if self.decoding.beams == 1:
             return greedy(model, source, most)
-        found = beam_search(
-            model, source, most, beams=self.decoding.beams, length_penalty=self.decoding.length_penalty
-        )
+        found = beam_search(model, source, most, beams=self.decoding.beams, length_penalty=self.decoding.length_penalty)
         return [list(hypotheses[0].tokens) for hypotheses in found]
 
     def metric(self) -> TranslationMetric:
@@ -85,8 +87,7 @@ class TranslationTask:
     def update(self, metric: TranslationMetric, answer: Answer, targets: TextTargets) -> None:
         texts = self.tokenizer.decode(answer.translations)
         examples = [
-            Example(*each)
-            for each in zip(targets.indices, targets.sources, texts, targets.references, strict=True)
+            Example(*each) for each in zip(targets.indices, targets.sources, texts, targets.references, strict=True)
         ]
         written = sum(len(tokens) + 1 for tokens in answer.translations)
         metric.update(examples, answer.losses.double().tolist(), targets.count, written, answer.seconds)

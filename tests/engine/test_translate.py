@@ -144,8 +144,9 @@ def test_loss_is_cross_entropy_against_smoothed_targets(texts: Path, tmp_path: P
     smooth = torch.full((5, 9), 0.2 / 9)
     smooth[torch.arange(5), wanted] += 0.8
     expected = -(smooth * logits.log_softmax(1)).sum(1).mean()
-    losses = task.losses(TranslationOutputs(logits), TextTargets(tokens, 5))
-    assert sum(losses.values()) == pytest.approx(float(expected), rel=1e-6)
+    for outputs in (TranslationOutputs(logits, torch.eye(9)), TranslationOutputs(logits, logits, ready=logits)):
+        losses = task.losses(outputs, TextTargets(tokens, 5))
+        assert sum(losses.values()) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_inverse_root_schedule() -> None:
