@@ -183,9 +183,9 @@ def watch(moments: Moments) -> None:
         moments.pass_by(f"after step {number}")
         return result
 
-    def watched_evaluate(session: Any) -> Any:
+    def watched_evaluate(*values: Any) -> Any:
         moments.pass_by("before an evaluation")
-        return evaluate(session)
+        return evaluate(*values)
 
     def watched_open(path: Path, mode: str) -> Any:
         return Halves(path, mode, moments) if "w" in mode else io.FileIO(path, mode)

@@ -12,6 +12,7 @@ from typing import Any
 from saccade.config import Config, RunConfig, build_config, closest
 from saccade.errors import UserError
 from saccade.flags import ALIASES, add_alias, add_field, read_changes
+from saccade.words import counted
 
 EPILOG = "`saccade COMMAND --help` shows the flags of a command. First look: `saccade demo`."
 
@@ -168,14 +169,16 @@ def run_train(options: argparse.Namespace) -> int:
             "steps": result.steps,
             "metrics": result.metrics,
             "left_out": result.unreadable,
+            "not_measured": list(result.unmeasured),
         }
         if options.json:
             print(json.dumps(facts))
         elif result.finished:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
             print(f"kept model on the validation split: {figures}")
-            if result.unreadable:
-                print(f"{len(result.unreadable)} pictures could not be read and were left out")
+            for count, done in ((len(result.unreadable), "left out"), (len(result.unmeasured), "not measured on")):
+                if count:
+                    print(f"{counted(count, 'picture')} could not be read and {'was' if count == 1 else 'were'} {done}")
             shown = '"A TEXT."' if "bleu" in result.metrics else "PICTURE"
             print(f"next: saccade predict {result.folder} {shown} --save out/")
     return 0 if result.finished else 128 + (result.signal or 2)

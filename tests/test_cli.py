@@ -253,7 +253,7 @@ def test_left_out_pictures_are_counted(run: Callable[..., Any], tmp_path: Path) 
     data = make_pictures(tmp_path / "mine")
     (data / "train" / "red" / "0.png").write_bytes(b"")
     code, out, err = run("train", data, *TINY, "--steps=3", "--out=run")
-    assert code == 0 and "1 pictures could not be read" in out and "left out: " in err
+    assert code == 0 and "1 picture could not be read and was left out" in out and "left out: " in err
 
 
 def test_resume_of_nothing(run: Callable[..., Any], pictures: Path) -> None:

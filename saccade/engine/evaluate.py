@@ -14,6 +14,7 @@ from saccade.data.sample import Batch
 from saccade.engine import distributed
 from saccade.engine.device import autocast
 from saccade.engine.distributed import World
+from saccade.errors import UserError
 
 
 class Normalise:
@@ -51,24 +52,31 @@ def evaluate_batches(
     """The task's report over all batches of all processes. Leaves the network in the mode in which it found it.
 
     What is wrong with pictures that cannot be read is added to `unreadable`; they do not count in the report.
+    UserError where none can be.
     """
     was_training = network.training
     network.eval()
-    metric = task.metric()
+    metric, failed, seen = task.metric(), [], 0
     with torch.inference_mode(), closing(batches):
         for batch in batches:
             batch = batch.to(device)
             with autocast(device, precision):
                 # also of an empty batch: sharded processes must keep step
                 outputs = task.answer(network, inputs(batch), batch.targets)
-            if unreadable is not None:
-                unreadable += [what for _, what in batch.unreadable]
+            failed += [what for _, what in batch.unreadable]
+            seen += len(batch.indices)
             if len(batch.indices):
                 task.update(metric, outputs, batch.targets)
             if progress is not None:
                 progress(len(batch.indices) + len(batch.unreadable))
     network.train(was_training)
-    for rank, state in enumerate(distributed.gather(metric.state(), world)):
+    parts = distributed.gather((metric.state(), failed, seen), world)
+    for rank, (state, _, _) in enumerate(parts):
         if rank != world.rank:
             metric.merge(state)
+    failed = [what for _, part, _ in parts for what in part]
+    if failed and not any(count for _, _, count in parts):
+        raise UserError(f"there is nothing to evaluate: none of {len(failed)} pictures can be read ({failed[0]})")
+    if unreadable is not None:
+        unreadable += failed
     return metric.compute()

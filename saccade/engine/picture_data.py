@@ -10,7 +10,7 @@ import torch
 
 from saccade.config import RunConfig
 from saccade.data.loader import batches_per_epoch, eval_batches, train_batches
-from saccade.data.measured import open_measured
+from saccade.data.measured import open_measured, unreadable
 from saccade.data.sample import Batch
 from saccade.engine import distributed
 from saccade.engine.distributed import World
@@ -18,6 +18,11 @@ from saccade.engine.evaluate import Normalise, PictureInputs
 from saccade.engine.plan import data_hash
 from saccade.tasks import PictureTask, Task
 from saccade.tokenizer import Tokenizer
+
+
+def unmeasured(what: str) -> str:
+    """The note on a picture of the validation split that cannot be read."""
+    return f"not measured on: {what}"
 
 
 class PictureData:
@@ -32,6 +37,9 @@ class PictureData:
         self.splits, self.train_sizes, self.val_sizes = open_measured(Path(config.data), config.val, config.sources)
         self.path, self.task = self.splits.train.path, self.splits.task
         self.class_names, self.notes = self.splits.train.class_names, self.splits.notes
+        unreadable(self.splits.train, self.train_sizes, config.sources, "training")
+        failed = unreadable(self.splits.val, self.val_sizes, config.sources, "validation")
+        self.notes += [unmeasured(what) for what in failed]
         self.inputs = PictureInputs(Normalise(config.preprocessing, device))
 
     def __len__(self) -> int:

@@ -32,6 +32,7 @@ from saccade.engine.ema import Ema
 from saccade.engine.evaluate import evaluate_batches
 from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
+from saccade.engine.picture_data import unmeasured
 from saccade.engine.plan import EpochEnds, Plan, load_plan, planned_row
 from saccade.engine.progress import RunTable, clock
 from saccade.engine.run_data import AnyBatch, RunData, open_data
@@ -63,17 +64,23 @@ class Progress:
     rows: list[dict[str, float]] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`metrics` are those of the kept model on the validation split."""
+    """`metrics` are those of the kept model on the validation split.
+
+    `unreadable` says by name what is wrong with training pictures that were left out, `unmeasured` with those of the
+    validation split, which do not count.
+    """
 
     folder: Path
     finished: bool
     steps: int
     metrics: dict[str, float]
     unreadable: dict[str, str]
+    unmeasured: tuple[str, ...] = ()
     signal: int | None = None
 
 
@@ -342,7 +349,7 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     random.seed(number)
 
 
-def evaluate(session: Session) -> Any:
+def evaluate(session: Session, unreadable: list[str] | None = None) -> Any:
     if session.sharded:
         distributed.same_buffers(session.model, session.world)
     return evaluate_batches(
@@ -353,6 +360,7 @@ def evaluate(session: Session) -> Any:
         session.device,
         session.precision,
         session.world,
+        unreadable=unreadable,
     )
 
 
@@ -377,7 +385,9 @@ def evaluate_and_keep(
 def keep_if_best(
     session: Session, plan: Plan, folder: Path, progress: Progress, lr: float, table: RunTable, writer: Events | None
 ) -> None:
-    report = evaluate(session)
+    failed: list[str] = []
+    report = evaluate(session, failed)
+    note_unmeasured(progress, session, failed, table)
     scalars = session.task.scalars(report)
     epoch = progress.step * session.config.optimizer.accumulate / plan.batches_per_epoch
     row = {
@@ -447,7 +457,20 @@ def note_unreadable(progress: Progress, session: Session, unreadable: list[tuple
             progress.unreadable[name] = what
             table.say(f"left out: {what}")
     if len(progress.unreadable) >= len(session.data):
-        raise UserError(f"{session.config.data}: no training picture can be read; see `saccade inspect`")
+        first = next(iter(progress.unreadable.values()))
+        raise UserError(
+            f"{session.config.data}: no training picture can be read; `saccade inspect` lists them all ({first})"
+        )
+
+
+def note_unmeasured(progress: Progress, session: Session, failed: list[str], table: RunTable) -> None:
+    """Report a picture of the validation split that cannot be decoded once."""
+    for what in failed:
+        if what in progress.unmeasured:
+            continue
+        progress.unmeasured.append(what)
+        if unmeasured(what) not in session.data.notes:  # which have been said
+            table.say(f"note: {unmeasured(what)}")
 
 
 def note_fault(
@@ -549,4 +572,5 @@ def finish(
         writer.close()
     best = next((row for row in progress.rows if row["step"] == progress.best_step), {})
     metrics = {name.removeprefix("val_"): value for name, value in best.items() if name.startswith("val_")}
-    return TrainResult(folder, finished, progress.step, metrics, progress.unreadable, signal_number)
+    left_out, uncounted = progress.unreadable, tuple(progress.unmeasured)
+    return TrainResult(folder, finished, progress.step, metrics, left_out, uncounted, signal_number)

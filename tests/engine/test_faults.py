@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import saccade
 from saccade import UserError
 from saccade.config import RunConfig
+from saccade.data import measured
 from saccade.data.sources import open_splits
 from saccade.engine import train as engine
 from saccade.engine.checkpoint import list_checkpoints
@@ -231,6 +232,53 @@ def test_no_readable_picture_is_an_error(config: Build, fresh_pictures: Callable
         path.write_bytes(b"this is text")
     with pytest.raises(UserError, match="no training picture can be read"):
         engine.train(config(data=str(data)), show=False)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_unreadable_pictures_for_validation_are_reported_once(
+    config: Build,
+    fresh_pictures: Callable[..., Path],
+    few: bool,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the run where there are few pictures, else when it is first measured; they do not count."""
+    monkeypatch.setattr(measured, "FEW", 64 if few else 2)
+    data = fresh_pictures()
+    cut = data / "val" / "blue" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    result = engine.train(config(data=str(data)), show=True)
+    assert result.finished and result.unreadable == {}
+    assert len(result.unmeasured) == 1 and str(cut) in result.unmeasured[0]
+    told = capsys.readouterr().err
+    assert told.count(f"note: not measured on: {cut}: the file is cut off") == 1
+    before_the_first_row = told.partition("val_top1")[0]
+    assert (str(cut) in before_the_first_row) and told.count(str(cut)) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("few", "text"), [(True, None), (False, b"this is text"), (False, None)])
+def test_a_split_of_nothing_but_unreadable_pictures(
+    config: Build,
+    fresh_pictures: Callable[..., Path],
+    split: str,
+    few: bool,
+    text: bytes | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found before the run, but for many pictures whose headers are sound; one of them is named."""
+    monkeypatch.setattr(measured, "FEW", 64 if few else 2)
+    data = fresh_pictures()
+    for path in (data / split).rglob("*.png"):
+        path.write_bytes(text or path.read_bytes()[:200])
+    late = not few and text is None
+    said = "no training picture can be read" if split == "train" else "no validation picture can be read"
+    if late and split == "val":
+        said = "none of 9 pictures can be read"
+    settings = config(data=str(data))
+    with pytest.raises(UserError, match=said) as caught:
+        engine.train(settings, show=False)
+    assert (str(data / split) in str(caught.value)) and Path(settings.out).exists() == late
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
