@@ -181,6 +181,9 @@ def test_from_python(trained: Path, boxes: Path) -> None:
     assert isinstance(found, saccade.Detections) and found.maps is not None and len(found.maps) == len(found) == 5
     report = saccade.evaluate(str(trained), str(boxes), device="cpu")
     assert isinstance(report, DetectionReport) and report.pictures == 8
+    assert repr(model) == "<Model detr_micro: detect, 2 classes, about 64 px; cpu, float32>"
+    assert str(report).startswith("<DetectionReport: 8 pictures with 10 objects; AP ") and len(str(report)) < 150
+    assert repr(saccade.inspect(str(boxes))) == f"<Report on {boxes}: coco, 16 pictures, 9 problems>"
 
 
 def test_data_of_another_task_is_refused(trained: Path, tmp_path: Path, run: Callable[..., Any]) -> None:

@@ -47,6 +47,24 @@ def test_one_line():
     assert len(two()) == 2
 
 
+def test_one_after_the_other():
+    found = two()
+    cell, light = found
+    assert (cell.label, cell.score, cell.box, cell.class_index) == ("cell", 0.75, (10.0, 20.0, 30.5, 60.0), 0)
+    assert str(light) == "traffic light 50.0 % at (0, 0, 5, 4)" and cell.map is None
+    assert [one.label for one in found] == list(found.labels) and found[-1].label == "traffic light"
+    assert list(found.above(0.9)) == []
+    many = made()
+    assert all(np.array_equal(one.map, many.maps[i]) for i, one in enumerate(many))
+    with pytest.raises(IndexError):
+        found[2]
+
+
+def test_what_python_prints_is_short():
+    assert repr(two()) == "<Detections blood.jpg: 1 cell, 1 traffic light>"
+    assert len(repr(made(count=300))) < 1000 and "array" not in repr(made()) and "map" not in repr(made()[0])
+
+
 def test_json():
     facts = json.loads(json.dumps(two().to_dict()))
     assert facts == {

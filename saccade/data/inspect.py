@@ -24,6 +24,7 @@ from saccade.data.inspect_boxes import BoxReport, box_hints, box_report, box_row
 from saccade.data.source import BoxSource, LabelledSource, Problem, Source
 from saccade.data.sources import Place, class_problems, find, unite_classes
 from saccade.data.sources.boxes import fit
+from saccade.words import counted
 
 ASPECT_EDGES = (0.5, 0.8, 1.25, 2.0)  # width / height; between them the picture's share is counted
 UNBALANCED = 10  # the largest class over the smallest, from which it is worth a hint
@@ -62,6 +63,10 @@ class Report:
     problems: list[Problem]
     notes: list[str]
     hints: list[str]
+
+    def __repr__(self) -> str:
+        pictures = counted(sum(split.pictures for split in self.splits), "picture")
+        return f"<Report on {self.path}: {self.format}, {pictures}, {counted(len(self.problems), 'problem')}>"
 
     @property
     def ok(self) -> bool:
@@ -119,7 +124,7 @@ class Report:
                 console.print(f"  {problem}", markup=False, soft_wrap=True)
             if len(same) > LISTED:
                 console.print(f"  ... and {len(same) - LISTED} more, all of them with --json")
-        console.print("nothing is wrong" if self.ok else f"{len(self.problems)} problems")
+        console.print("nothing is wrong" if self.ok else counted(len(self.problems), "problem"))
 
 
 @dataclass(frozen=True)

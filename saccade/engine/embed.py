@@ -33,6 +33,7 @@ from saccade.errors import UserError
 from saccade.models.translator import Translator
 from saccade.weights.fingerprint import hash_tensors
 from saccade.weights.model_file import write_atomically
+from saccade.words import counted
 
 What = Literal["summary", "map-mean"]  # the picture's own vector, or the mean of the last map over all places
 DATA = DataConfig(cache="off")  # every picture is read once
@@ -49,6 +50,9 @@ class Embeddings:
     sizes: np.ndarray  # int64 (N, 2): height and width of the pictures
     unreadable: tuple[str, ...]  # what is wrong with those that are left out
     metadata: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"<Embeddings of {counted(len(self), 'picture')}, {self.vectors.shape[1]} numbers each>"
 
     def __len__(self) -> int:
         return len(self.paths)

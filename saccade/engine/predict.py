@@ -27,6 +27,7 @@ from saccade.models.translator import Translator
 from saccade.tasks import PictureTask, build_picture_task
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard
+from saccade.words import counted
 
 PictureInput = str | Path | Image.Image | np.ndarray | Tensor
 RNG = np.random.default_rng(0)  # no transform of evaluation draws from it
@@ -63,6 +64,11 @@ class Model:
     def of(cls, network: Network, card: ModelCard, *, device: str = "auto", precision: str = "auto") -> Model:
         place = choose_device(device)
         return cls(network.to(place), card, place, choose_precision(precision, place))
+
+    def __repr__(self) -> str:
+        classes = counted(len(self.class_names), "class", "classes")
+        what = f"{self.card.task}, {classes}, about {self.preprocessing.image_size} px"
+        return f"<Model {self.card.model}: {what}; {self.device}, {str(self.precision).removeprefix('torch.')}>"
 
     @property
     def class_names(self) -> tuple[str, ...]:

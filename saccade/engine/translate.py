@@ -43,6 +43,9 @@ class TextModel:
     card: ModelCard
     device: torch.device
 
+    def __repr__(self) -> str:
+        return f"<TextModel {self.card.model}: translate, {self.tokenizer.size} tokens; {self.device}>"
+
     @classmethod
     def load(cls, source: str | Path, *, device: str = "auto") -> TextModel:
         """From a run folder, a model file, or Marian's weights (a hub name or a folder)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saccade.drawing import BLUE, FAINT, INK, chart_style, save_figure, shorten, typeface
 from saccade.errors import UserError
+from saccade.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,6 +181,11 @@ class ClassificationReport:
     classes: tuple[ClassScores, ...]
     bins: tuple[CalibrationBin, ...]
     pairs: np.ndarray  # (M, 3) int: truth, prediction, pictures; the confusion matrix without its zeros
+
+    def __repr__(self) -> str:
+        top5 = "" if self.top5 is None else f", top-5 {percent(self.top5)}"
+        seen = f"{counted(self.count, 'picture')} of {counted(len(self.classes), 'class', 'classes')}"
+        return f"<ClassificationReport: {seen}; top-1 {percent(self.top1)}{top5}, loss {self.loss:.4g}>"
 
     @property
     def confusion(self) -> np.ndarray:

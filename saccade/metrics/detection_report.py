@@ -15,6 +15,7 @@ from saccade.errors import UserError
 from saccade.metrics.classification import percent
 from saccade.metrics.detection_errors import KINDS, ClassConfusion, ErrorKind, PictureMistakes
 from saccade.metrics.detection_matching import RECALLS
+from saccade.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,6 +76,12 @@ class DetectionReport:
     curves: np.ndarray  # (K, 2, 101) precision at each recall, at IoU 0.5 and the mean over all; NaN without an object
     sweep: np.ndarray  # (3, 101) precision, recall and F1 at thresholds from 0 to 1; NaN where nothing is left
     worst: tuple[PictureMistakes, ...]  # the pictures with the most mistakes, to look at
+
+    def __repr__(self) -> str:
+        seen = f"{counted(self.pictures, 'picture')} with {counted(self.objects, 'object')}"
+        figures = f"AP {_known(self.ap)}, AP50 {_known(self.ap50)}, AP75 {_known(self.ap75)}"
+        best = "none" if self.threshold is None else f"{self.threshold:.3f} (F1 {percent(self.f1)})"
+        return f"<DetectionReport: {seen}; {figures}, best threshold {best}>"
 
     def scalars(self) -> dict[str, float]:
         """The figures that a run's table shows, all of them always: 0 for what is not known, 0.5 for a threshold."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from saccade.errors import UserError
+from saccade.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +47,9 @@ class TranslationReport:
     seconds: float  # that the translating took
     decoding: str
     examples: tuple[Example, ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        return f"<TranslationReport: {counted(self.texts, 'text')}; BLEU {self.bleu:.2f}, chrF {self.chrf:.2f}>"
 
     @property
     def tokens_per_second(self) -> float:

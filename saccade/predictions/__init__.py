@@ -2,7 +2,7 @@
 
 from saccade.predictions.classification import Classification, contact_sheet
 from saccade.predictions.coco_results import CocoIds
-from saccade.predictions.detection import Detections
+from saccade.predictions.detection import Detection, Detections
 from saccade.predictions.translation import Translation
 
-__all__ = ["Classification", "CocoIds", "Detections", "Translation", "contact_sheet"]
+__all__ = ["Classification", "CocoIds", "Detection", "Detections", "Translation", "contact_sheet"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from saccade.errors import UserError
-from saccade.predictions.cards import write_new
+from saccade.predictions.cards import percent, write_new
 from saccade.predictions.detection_card import draw_card
 
 if TYPE_CHECKING:
@@ -20,8 +20,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class Detection:
+    """One thing in a picture."""
+
+    label: str
+    score: float  # from 0 to 1
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
+    class_index: int  # position in the model's class names
+    map: np.ndarray | None = field(default=None, repr=False)  # (h, w) over the picture, largest is 1: why it is there
+
+    def __str__(self) -> str:
+        return f"{self.label} {percent(self.score)} at ({', '.join(f'{edge:.0f}' for edge in self.box)})"
+
+
+@dataclass(frozen=True, eq=False)
 class Detections:
-    """The n things found in one picture, the surest first."""
+    """The n things found in one picture, the surest first; `for one in found` gives each as a Detection."""
 
     boxes: np.ndarray  # float32 (n, 4): left, top, right, bottom in pixels of the picture
     scores: np.ndarray  # float32 (n,), from 0 to 1
@@ -34,6 +48,22 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, i: int) -> Detection:
+        left, top, right, bottom = self.boxes[i].tolist()
+        return Detection(
+            label=self.labels[i],
+            score=float(self.scores[i]),
+            box=(left, top, right, bottom),
+            class_index=int(self.classes[i]),
+            map=None if self.maps is None else self.maps[i],
+        )
+
+    def __iter__(self) -> Iterator[Detection]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"<Detections {self}>"
 
     def __str__(self) -> str:
         if not self.labels:

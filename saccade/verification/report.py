@@ -27,6 +27,9 @@ class Verification:
     recorded: Mapping[str, Any]  # the reference's answers, by number format
     faults: tuple[str, ...] = ()  # other than figures: weights that are not the certified ones
 
+    def __repr__(self) -> str:
+        return f"<Verification: {self.verdict}>"
+
     @property
     def agrees(self) -> bool:
         return not self.faults and all(each.agrees for each in self.comparisons.values())
