@@ -89,6 +89,7 @@ class Recurrent(Translator):
         C, cell = row.width, CELLS[row.cell]
         self.config = row
         self.embeddings = nn.Parameter(torch.empty(row.vocabulary, C))
+        self.logit_bias = None
         between = row.dropout if row.encoder_depth > 1 else 0.0
         self.encoder = cell(
             C, C // 2, num_layers=row.encoder_depth, bidirectional=True, batch_first=True, dropout=between

@@ -80,7 +80,7 @@ class Translator(nn.Module, ABC):
     config: TranslatorRow
     activation_checkpointing: bool = False
     embeddings: nn.Parameter  # (V, C), of the translation's tokens; a token's score is its product with the last state
-    logit_bias: nn.Parameter | None = None  # (V,)
+    logit_bias: nn.Parameter | None  # (V,)
 
     @abstractmethod
     def embed_source(self, source: Int[Tensor, "B S"]) -> Float[Tensor, "B S C"]:
