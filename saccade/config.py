@@ -268,8 +268,11 @@ class RunConfig(Config):
         ge=0,
         description="between saves of the state; none: 60, or longer where saving would cost over 1 % of the time",
     )
-    evaluations: int = Field(
-        default=10, ge=1, description="about how often the validation split is evaluated during the run"
+    evaluations: int | None = Field(
+        default=None,
+        ge=1,
+        description="about how often the validation split is evaluated during the run; none: 10 times, or less often "
+        "where that would take over a seventh of --minutes",
     )
     max_faults: int = Field(default=5, ge=1, description="steps in a row with a non-finite loss before the run stops")
     preprocessing: PreprocessingConfig = PreprocessingConfig()

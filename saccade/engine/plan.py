@@ -17,6 +17,9 @@ from saccade.engine.distributed import World
 from saccade.errors import UserError
 from saccade.models import read_row
 
+EVALUATIONS = 10  # during a run, where nobody says how many
+EVALUATING_SHARE = 1 / 7  # of the minutes that were asked for, at most, but for the one at the end
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,17 +33,33 @@ class Plan:
     data_hash: str
     world_size: int
     architecture: dict[str, Any]
+    evaluations: int = EVALUATIONS
+
+    @property
+    def evaluate_at(self) -> set[int]:
+        """The numbers of steps after which the validation split is evaluated."""
+        return {round(self.total_steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
 
     @property
     def dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
 
 
-def load_plan(folder: Path, path: Path, hash_of_data: str, world: World) -> Plan:
-    """The plan of a run that is continued; data or machine that would change the result are refused."""
+def affordable_evaluations(asked: int | None, seconds: float, each: float) -> int:
+    """As many as were asked for; else what fits into a share of the `seconds` of a run where one takes `each`."""
+    if asked is not None:
+        return asked
+    return max(1, min(EVALUATIONS, int(EVALUATING_SHARE * seconds / max(each, 1e-9))))
+
+
+def load_plan(folder: Path, path: Path, hash_of_data: str, world: World, evaluations: int) -> Plan:
+    """The plan of a run that is continued; data or machine that would change the result are refused.
+
+    `evaluations` are those of the settings, for plans of a time when the plan did not say.
+    """
     try:
         values = json.loads((folder / "plan.json").read_text())
-        plan = Plan(**{**values, "class_names": tuple(values["class_names"])})
+        plan = Plan(**{"evaluations": evaluations, **values, "class_names": tuple(values["class_names"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / 'plan.json'}: damaged ({error!r}); the run cannot be continued exactly") from None
     if plan.data_hash != hash_of_data:

@@ -33,7 +33,7 @@ from saccade.engine.evaluate import evaluate_batches
 from saccade.engine.events import Events
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
 from saccade.engine.picture_data import unmeasured
-from saccade.engine.plan import EpochEnds, Plan, load_plan, planned_row
+from saccade.engine.plan import EVALUATIONS, EpochEnds, Plan, affordable_evaluations, load_plan, planned_row
 from saccade.engine.progress import RunTable, clock
 from saccade.engine.run_data import AnyBatch, RunData, open_data
 from saccade.engine.run_folder import make_run_folder, remove_unused, write_rows
@@ -46,6 +46,7 @@ from saccade.models.translator import Translator
 from saccade.tasks import Task, build_task
 from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model, write_atomically
+from saccade.words import counted
 
 FEW_STEPS = 50
 SAVING_SHARE = 0.01  # of the run's time, at most, unless the interval was given
@@ -128,7 +129,7 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
             remove_unused(folder)
         raise
     if resume and (folder / "plan.json").exists():
-        plan = load_plan(folder, session.data.path, session.data.hash(), world)
+        plan = load_plan(folder, session.data.path, session.data.hash(), world, config.evaluations or EVALUATIONS)
     else:
         plan = make_plan(session, began, show)
         if world.is_main:
@@ -176,10 +177,11 @@ def make_plan(session: Session, began: float, show: bool) -> Plan:
     """Fix the number of steps: given, from epochs, or from minutes by measuring this machine's speed."""
     config = session.config
     per_epoch = session.data.batches_per_epoch
+    evaluations = config.evaluations or EVALUATIONS
     if config.steps is not None:
         total = config.steps
     elif config.minutes is not None:
-        total = steps_within(session, config.minutes * 60, began, show)
+        total, evaluations = steps_within(session, config.minutes * 60, began, show)
     else:
         total = max(1, round((config.epochs or 100) * per_epoch / config.optimizer.accumulate))
     return Plan(
@@ -191,11 +193,15 @@ def make_plan(session: Session, began: float, show: bool) -> Plan:
         data_hash=session.data.hash(),
         world_size=session.world.size,
         architecture=session.model.config.to_dict(),
+        evaluations=distributed.from_main(evaluations, session.world),
     )
 
 
-def steps_within(session: Session, seconds: float, began: float, show: bool) -> int:
-    """How many steps fit: takes real steps for a few seconds, evaluates once, and puts everything back as it was."""
+def steps_within(session: Session, seconds: float, began: float, show: bool) -> tuple[int, int]:
+    """How many steps fit, and evaluations.
+
+    Takes real steps for a few seconds, evaluates once, and puts everything back as it was.
+    """
     config, table = session.config, RunTable(1, 0, show=show)
     weights = copy.deepcopy(session.model.state_dict())
     probe = min(20.0, max(2.0, 0.04 * seconds))
@@ -216,13 +222,15 @@ def steps_within(session: Session, seconds: float, began: float, show: bool) -> 
     for optimizer in session.optimizers:
         optimizer.state = defaultdict(dict)
         optimizer.zero_grad(set_to_none=True)
-    left = seconds - (time.monotonic() - began) - (config.evaluations + 1) * per_evaluation
+    evaluations = affordable_evaluations(config.evaluations, seconds, per_evaluation)
+    left = seconds - (time.monotonic() - began) - (evaluations + 1) * per_evaluation
     total = max(1, int(0.92 * left / per_step))  # a short measurement catches few of the slow steps
     each = f"{per_step:.3f} s a step, {per_evaluation:.1f} s an evaluation"
-    table.say(f"measured {each}: {total} steps in {clock(seconds)}")
+    planned = f"{counted(total, 'step')} and {counted(evaluations, 'evaluation')}"
+    table.say(f"measured {each}: {planned} in {clock(seconds)}")
     if total < FEW_STEPS:
         table.say("note: so few steps teach next to nothing; give more --minutes, or a smaller --image-size")
-    return total
+    return total, evaluations
 
 
 def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
@@ -235,7 +243,7 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
     if first_step >= plan.total_steps:
         RunTable(1, 0, show=show).say(f"{folder}: finished already, after {first_step} steps; nothing is changed")
         return finish(session, folder, progress, None, finished=True, signal_number=None)
-    evaluate_at = {round(plan.total_steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+    evaluate_at = plan.evaluate_at
     epoch_ends = EpochEnds(plan, config.optimizer.accumulate)
     writer = Events(folder / "events", first_step) if world.is_main else None
     accumulate = config.optimizer.accumulate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
 from saccade.engine.optimizers import build_optimizers, decays, lr_share, set_lr
+from saccade.engine.plan import affordable_evaluations, load_plan
 from saccade.models.classifier import Classifier
 from saccade.weights.load import load_network
 
@@ -95,7 +97,7 @@ def test_run_folder(config: Build) -> None:
 def test_measuring_leaves_no_trace(model: str, config: Build) -> None:
     session = open_session(config(model=model, steps=None, minutes=0.1))
     before = {name: value.clone() for name, value in session.model.state_dict().items()}
-    assert engine.steps_within(session, 6.0, time.monotonic(), show=False) >= 1
+    assert min(engine.steps_within(session, 6.0, time.monotonic(), show=False)) >= 1
     assert all(torch.equal(value, before[name]) for name, value in session.model.state_dict().items())
     assert not any(optimizer.state for optimizer in session.optimizers)
     assert all(parameter.grad is None for parameter in session.model.parameters())
@@ -115,6 +117,35 @@ def test_minutes_are_steps(config: Build, tmp_path: Path) -> None:
     engine.train(counted, show=False)
     for name in ("model.safetensors", "metrics.csv"):
         assert (tmp_path / "timed" / name).read_bytes() == (tmp_path / "counted" / name).read_bytes()
+
+
+def test_evaluations_take_a_small_share_of_the_minutes(config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert affordable_evaluations(None, 120, 6) == 2 and affordable_evaluations(None, 1800, 6) == 10
+    assert affordable_evaluations(None, 1, 6) == 1 and affordable_evaluations(7, 1, 6) == 7
+    evaluate = engine.evaluate
+
+    def slow(*values: Any) -> Any:
+        time.sleep(0.2)
+        return evaluate(*values)
+
+    monkeypatch.setattr(engine, "evaluate", slow)
+    settings = config(steps=None, minutes=0.1, evaluations=None)
+    result = engine.train(settings, show=False)
+    plan = json.loads((result.folder / "plan.json").read_text())
+    assert 1 <= plan["evaluations"] <= 4, "of 0.2 s in 6 s"
+    assert len((result.folder / "metrics.csv").read_text().splitlines()) == 1 + plan["evaluations"]
+
+
+def test_evaluations_of_an_older_plan(config: Build) -> None:
+    """One that does not say how many there are goes on with those of the settings."""
+    result = engine.train(config(steps=6, evaluations=3), show=False)
+    path = result.folder / "plan.json"
+    values = json.loads(path.read_text())
+    assert values.pop("evaluations") == 3
+    path.write_text(json.dumps(values))
+    world = World()
+    assert load_plan(result.folder, Path("x"), values["data_hash"], world, 3).evaluate_at == {2, 4, 6}
+    assert config(evaluations=None).evaluations is None
 
 
 def test_epochs_are_steps(config: Build) -> None:
