@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import saccade
 from saccade.config import RunConfig, ScheduleConfig, merge
 from saccade.data.text.batches import TextTargets
 from saccade.engine import train as engine
@@ -74,12 +75,42 @@ def test_overfits_what_it_sees(model: str, tmp_path: Path) -> None:
     result = engine.train(settings, show=False)
     assert result.metrics["bleu"] > 95 and result.metrics["chrf"] > 95, result.metrics
     assert result.metrics["perplexity"] == pytest.approx(math.exp(result.metrics["loss"]))
+    report = saccade.evaluate(str(tmp_path / "run"), str(folder), beams=1, device="cpu")
+    assert report.cut == 0 == result.metrics["cut"], "the limit of a run's own evaluations is no limit to what has learnt"
+    assert report.bleu == pytest.approx(result.metrics["bleu"])
+
+
+def test_what_never_ends_is_cut_early_while_it_learns(texts: Path, tmp_path: Path) -> None:
+    session = engine.open_session(config(texts, tmp_path / "run"), World())
+    task, network = session.task, session.model
+    assert isinstance(task, TranslationTask) and isinstance(network, Translator)
+    source = next(session.data.eval_batches()).source
+    width = source.shape[1]
+    assert task.longest(width) < 2 * width
+    found = task.translate(network.eval(), source)
+    assert {len(each.tokens) for each in found} == {task.longest(width) - 1} and all(each.cut for each in found)
+    report = engine.evaluate(session)
+    assert report.cut == report.texts == 10 and task.scalars(report)["cut"] == 1
+
+
+def test_hardly_any_translation_is_longer_than_expected(texts: Path, tmp_path: Path) -> None:
+    task = TranslationTask(learn_tokenizer(["a b c"], 64), config(texts, tmp_path), model_row("transformer_tiny"))
+    task.most = 256
+    assert [task.longest(length) for length in (8, 40, 400)] == [36, 100, 256]
+    rng = np.random.default_rng(0)
+    lengths = np.maximum(3, rng.poisson(rng.integers(5, 60, (20_000, 1)) * [1.0, 1.2]))
+    lengths[0] = 3, 200  # two lines that do not belong together
+    task.expect(lengths)
+    over = [int(target) > task.longest(int(source)) for source, target in lengths]
+    assert over[0] and np.mean(over) < 5e-4 and task.longest(40) < 85
 
 
 def test_task_and_recipe_come_from_the_data(texts: Path, tmp_path: Path) -> None:
     settings = resolve({"data": str(texts), "out": str(tmp_path)})
     assert (settings.task, settings.recipe, settings.model) == ("translate", "translate", "transformer_tiny")
-    assert settings.schedule.shape == "inverse_sqrt" and settings.epochs is not None
+    assert settings.network.norm_first and settings.lr == 3e-3 and settings.epochs is not None
+    wide = resolve({"data": str(texts), "out": str(tmp_path), "model": "gru_attention"})
+    assert wide.network.norm_first is None and wide.lr == pytest.approx(1.5e-3)
     assert resolve({"data": str(texts), "out": "x", "steps": 5}).epochs is None
     for changes, message in (
         ({"model": "vit_tiny"}, "does not translate"),
@@ -113,7 +144,7 @@ def test_fine_tuning_keeps_the_tokenizer(texts: Path, tmp_path: Path) -> None:
     assert settings.recipe == "translate_fine_tune" and settings.model == "transformer_tiny"
     engine.train(settings, show=False)
     assert load_network(settings.out)[1].tokenizer == load_network(tmp_path / "one")[1].tokenizer
-    assert settings.text.max_length == 128
+    assert settings.text.max_length == 128 and settings.network.norm_first is None and settings.lr == 1e-4
     network, card = load_network(tmp_path / "one")
     short = {**card.architecture, "max_length": 20}  # sines and cosines are computed: any number of places fits
     save_model(tmp_path / "short.safetensors", network.state_dict(), replace(card, architecture=short))
