@@ -83,9 +83,9 @@ def test_help(run: Callable[..., Any], command: str) -> None:
 
 
 def test_help_promises_no_default_that_a_recipe_replaces(run: Callable[..., Any]) -> None:
-    def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for name, value in values.items():
-            yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+            yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
     summaries = [
         DataSummary(task, samples, 3, side, side, seconds)
@@ -94,11 +94,12 @@ def test_help_promises_no_default_that_a_recipe_replaces(run: Callable[..., Any]
         for side in (32, 640)
         for seconds in (None, 600.0)
     ]
-    chosen = {path for recipe in RECIPES.values() for summary in summaries for path in leaves(recipe(summary))}
-    assert chosen == CHOSEN
+    chosen = {path for recipe in RECIPES.values() for summary in summaries for path, _ in leaves(recipe(summary))}
+    with_default = dict(leaves(RunConfig(data="").model_dump()))
+    assert {path for path in chosen if with_default[path] is not None} <= CHOSEN <= chosen
     out = " ".join(run("train", "--help")[1].split())
     entries = out.partition("what is asked most: ")[2]
-    for path in chosen | {"preprocessing.image_size"}:
+    for path in CHOSEN:
         flag = "--" + path.replace("_", "-")
         entry = re.split(r" --[a-z]", entries.partition(f"{flag} ")[2])[0]
         assert "(default: from the recipe)" in entry and "(default 0" not in entry, flag
@@ -129,6 +130,22 @@ def test_short_names_of_inner_settings_from_python(pictures: Path, tmp_path: Pat
         saccade.train(str(pictures), image_size=16, preprocessing={"image_size": 32})
     with pytest.raises(saccade.UserError, match=r"preprocessing\.image_size: Input should be .* not 'large'"):
         saccade.train(str(pictures), image_size="large")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--train-part=head"], "--train-part head: only what follows the backbone learns"),
+        (["--recipe=linear_probe"], "--recipe linear_probe: only what follows the backbone learns"),
+        (["--recipe=fine_tune"], "--recipe fine_tune: begins from weights"),
+        (["--recipe=detect"], "--recipe detect: is not for data like"),
+    ],
+)
+def test_what_needs_weights_is_refused_without(
+    pictures: Path, run: Callable[..., Any], flags: list[str], said: str
+) -> None:
+    code, _, err = run("train", pictures, *flags, "--steps=1", "--device=cpu")
+    assert code == 2 and said in err and ("--weights" in err or "use small_from_scratch" in err)
 
 
 def test_help_lists_every_command(run: Callable[..., Any]) -> None:

@@ -200,6 +200,19 @@ def test_data_of_another_task_is_refused(trained: Path, tmp_path: Path, run: Cal
     assert code == 2 and "holds a detector" in error
 
 
+def test_a_head_on_a_backbone_of_chance_is_refused(boxes: Path, trained: Path, run: Callable[..., Any]) -> None:
+    code, _, err = run("train", boxes, *TINY, "--steps=1", "--train-part=head", "--out=head")
+    assert code == 2 and "--train-part head: " in err and "give --weights" in err and not Path("head").exists()
+    code, _, err = run("train", boxes, "--steps=1", "--train-part=head", "--weights", trained, "--device=cpu")
+    assert code == 0
+
+
+@pytest.mark.parametrize("recipe", ["linear_probe", "large", "translate"])
+def test_recipes_of_another_task_are_refused(boxes: Path, run: Callable[..., Any], recipe: str) -> None:
+    code, _, err = run("train", boxes, "--recipe", recipe, "--steps=1")
+    assert code == 2 and f"--recipe {recipe}: is not for data like" in err and "use detect, detect_fine_tune" in err
+
+
 @pytest.mark.parametrize("threshold", [3, -1, "x", float("nan")])
 def test_thresholds_from_python(trained: Path, boxes: Path, threshold: Any) -> None:
     with pytest.raises(saccade.UserError, match="from 0 to 1"):

@@ -39,9 +39,9 @@ RECIPES: dict[str, Callable[[DataSummary], dict[str, Any]]] = {
     "translate": translate,
     "translate_fine_tune": translate_fine_tune,
 }
-# by task: from scratch, from weights, from weights with a frozen backbone
+# by task: from scratch, from weights, from weights with a frozen backbone; then the others
 USUAL = {
-    "classify": ("small_from_scratch", "fine_tune", "linear_probe"),
+    "classify": ("small_from_scratch", "fine_tune", "linear_probe", "large"),
     "detect": ("detect", "detect_fine_tune", "detect_fine_tune"),
 }
 
@@ -72,6 +72,8 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
             )
         row = None  # of a backbone: the detector around it is chosen by the recipe, or named
     recipe = merge(RECIPES[name](summary), start)
+    if asked.weights is None:
+        check_from_scratch(name, recipe, changes)
     if row is None:
         row = named or model_row(str(recipe.get("model")))
     check_task(row, str(changes.get("model") or recipe.get("model")), summary, asked)
@@ -99,6 +101,19 @@ def smallest_size(stride: int) -> int:
     return min(FEWEST_TOKENS * stride, -(-LARGE_ENOUGH // stride) * stride)
 
 
+def check_from_scratch(name: str, recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """What can only begin from weights is refused without them."""
+    such = "--weights, such as a run's folder or timm/resnet18.a1_in1k"
+    if {**recipe, **changes}.get("train_part") == "head":
+        flag = "--train-part head" if "train_part" in changes else f"--recipe {name}"
+        raise UserError(
+            f"{flag}: only what follows the backbone learns, and without weights that sees nothing but chance; give "
+            f"{such}, or leave {flag.split()[0]} out"
+        )
+    if "model" not in {**recipe, **changes}:
+        raise UserError(f"--recipe {name}: begins from weights; give {such}, or leave --recipe out")
+
+
 def check_task(row: Row, model: str, summary: DataSummary, asked: RunConfig) -> None:
     """Data, model and an explicit --task must be about the same."""
     if asked.task is not None and asked.task != summary.task:
@@ -117,8 +132,14 @@ def choose_recipe(asked: RunConfig, summary: DataSummary) -> str:
     if asked.recipe != "auto":
         if asked.recipe not in RECIPES:
             raise UserError(f"recipe: unknown {asked.recipe!r}{closest(asked.recipe, tuple(RECIPES))}")
+        fitting = tuple(dict.fromkeys(USUAL[summary.task]))
+        if asked.recipe not in fitting:
+            raise UserError(
+                f"--recipe {asked.recipe}: is not for data like {asked.data}, which holds {TARGETS[summary.task]}; use "
+                f"{', '.join(fitting)}, or leave --recipe out"
+            )
         return asked.recipe
-    scratch, tune, probe = USUAL[summary.task]
+    scratch, tune, probe = USUAL[summary.task][:3]
     if asked.weights is not None:
         return probe if asked.train_part == "head" else tune
     return "large" if summary.task == "classify" and summary.samples >= 100_000 else scratch
