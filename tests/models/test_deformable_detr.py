@@ -186,7 +186,7 @@ def test_overfits_one_batch(kind):
     images = torch.randn(2, 3, 64, 64)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     first = total(network, images).item()
-    for _ in range(80):
+    for _ in range(160):
         loss = total(network, images)
         optimizer.zero_grad()
         loss.backward()
