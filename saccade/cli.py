@@ -307,9 +307,11 @@ def run_predict(options: argparse.Namespace) -> int:
     """
     from pathlib import Path
 
+    from saccade.engine.predict import list_inputs
     from saccade.engine.progress import counter
     from saccade.engine.translate import TextModel, open_model
     from saccade.predictions import CocoIds
+    from saccade.predictions.cards import names_apart
 
     if not options.inputs and options.input is None:
         raise UserError("nothing given: saccade predict MODEL PICTURE ..., or texts, or a file of them by --input")
@@ -324,6 +326,7 @@ def run_predict(options: argparse.Namespace) -> int:
     ids = None if options.coco is None else CocoIds.read(options.coco, model.class_names)
     saved: list[dict[str, Any]] = []
     failed: list[str] = []
+    names = {} if options.save is None else names_apart([name for name, _ in list_inputs(options.inputs)])
     with counter("predicting") as progress:
         for prediction in model.stream(
             options.inputs,
@@ -336,7 +339,7 @@ def run_predict(options: argparse.Namespace) -> int:
         ):
             facts = prediction.to_dict()
             if options.save is not None:
-                facts["picture"] = str(prediction.save(Path(options.save) / f"{Path(prediction.source).stem}.png"))
+                facts["picture"] = str(prediction.save(Path(options.save) / f"{names[prediction.source]}.png"))
             if ids is not None:
                 saved += ids.rows(prediction)
             elif options.json:

@@ -131,6 +131,20 @@ def test_predict(trained: Path, boxes: Path, run: Callable[..., Any], tmp_path: 
         assert with_tiles.height > plain.height + 100
 
 
+def test_pictures_of_one_name_are_saved_apart(
+    trained: Path, boxes: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    for folder in ("left", "right"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes((boxes / "images" / "val0.png").read_bytes())
+    for already in (1, 2):
+        code, out, _ = run("predict", trained, "left", "right/x.png", "--save=out", "--json")
+        saved = {one["source"]: Path(one["picture"]).name for one in json.loads(out)}
+        again = "" if already == 1 else "-1"
+        assert code == 0 and saved == {"left/x.png": f"left-x{again}.png", "right/x.png": f"right-x{again}.png"}
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
 def test_coco_results_have_the_ids_of_the_annotations(trained: Path, boxes: Path, run: Callable[..., Any]) -> None:
     code, out, _ = run("predict", trained, *sorted((boxes / "images").glob("val*")), "--coco", boxes / "val.json")
     rows = json.loads(out)

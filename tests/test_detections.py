@@ -9,6 +9,7 @@ from PIL import Image
 from saccade import UserError
 from saccade.drawing import RED
 from saccade.predictions import Detections
+from saccade.predictions.cards import names_apart
 from saccade.predictions.detection_card import COLOURS, class_colours, draw_boxes, surest
 
 NAMES = ("cell", "traffic light", "x" * 300, "ひまわり", "", "two\nlines", "$a_b$ [bold]", "h", "i", "j")
@@ -64,6 +65,18 @@ def test_one_after_the_other():
 def test_what_python_prints_is_short():
     assert repr(two()) == "<Detections blood.jpg: 1 cell, 1 traffic light>"
     assert len(repr(made(count=300))) < 1000 and "array" not in repr(made()) and "map" not in repr(made()[0])
+
+
+def test_names_that_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert names_apart(["a/x.jpg", "a/y z.png", "a/x.jpg"]) == {"a/x.jpg": "x", "a/y z.png": "y z"}
+    assert names_apart(["a/x.jpg", "b/X.jpg"]) == {"a/x.jpg": "a-x", "b/X.jpg": "b-X"}
+    assert list(names_apart(["1/a/x.jpg", "2/a/x.jpg", "2/b/x.jpg"]).values()) == ["1-a-x", "2-a-x", "2-b-x"]
+    assert list(names_apart(["x.jpg", "x.png"]).values()) == ["x-jpg", "x-png"]
+    assert list(names_apart(["x.jpg", "a/x.jpg"]).values()) == [f"{tmp_path.name}-x", "a-x"]
+    assert list(names_apart(["a/x.jpg", "./a/x.jpg"]).values()) == ["x", "x"]  # one and the same
+    many = [f"{i}/{k}/x.{suffix}" for i in range(3) for k in range(3) for suffix in ("jpg", "png")]
+    assert len(set(names_apart(many).values())) == len(many)
 
 
 def test_json():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -43,6 +45,27 @@ def cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def names_apart(sources: Sequence[str]) -> dict[str, str]:
+    """For each path the name of a file without suffix: its own, with what tells it from others of that name.
+
+    `a/x.jpg` and `b/x.jpg` are `a-x` and `b-x`, `x.jpg` and `x.png` in one folder are `x-jpg` and `x-png`.
+    """
+    alike: dict[str, list[str]] = {}
+    for source in dict.fromkeys(sources):
+        alike.setdefault(Path(source).stem.casefold(), []).append(source)  # for disks that do not tell A from a
+    names: dict[str, str] = {}
+    for same in alike.values():
+        paths = [Path(os.path.abspath(source)) for source in same]
+        one_folder = len({path.parent for path in paths}) < len(set(paths))
+        ends = [path.name.replace(".", "-") if one_folder else path.stem for path in paths]
+        found, depth = ends, 0
+        while len({name.casefold() for name in found}) < len(set(paths)) and depth < max(len(p.parts) for p in paths):
+            depth += 1
+            found = ["-".join([*path.parts[1:-1][-depth:], end]) for path, end in zip(paths, ends, strict=True)]
+        names |= dict(zip(same, found, strict=True))
+    return names
 
 
 def write_new(picture: Image.Image, path: str | Path, source: str) -> Path:
