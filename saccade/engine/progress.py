@@ -88,7 +88,7 @@ def clock(seconds: float) -> str:
 
 
 def _figure(name: str, value: float) -> str:
-    if "top" in name:
+    if "top" in name or name.endswith("cut"):
         return f"{100 * value:.1f}%"
     return f"{value:.1e}" if name == "lr" else f"{value:.3f}"
 

@@ -17,6 +17,7 @@ from saccade.engine import distributed
 from saccade.engine.distributed import World
 from saccade.errors import UserError
 from saccade.tasks import Task
+from saccade.tasks.translation import TranslationTask
 from saccade.tokenizer import Tokenizer, learn_tokenizer, read_tokenizer
 from saccade.weights.load import load_weights
 from saccade.weights.model_file import write_atomically
@@ -107,7 +108,9 @@ class TextData:
         write_atomically(folder / KEPT, self.tokenizer.to_text().encode())
 
     def serve(self, task: Task) -> None:
-        """Batches of texts are the same for every task."""
+        """Batches of texts are the same for every task; how long translations are is not."""
+        assert isinstance(task, TranslationTask)
+        task.expect(self.train_pairs.lengths)
 
     def train_batches(self, start: int, stop: int | None) -> Generator[TextBatch, None, None]:
         for indices in self.plan.batches(start, stop):

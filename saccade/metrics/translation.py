@@ -45,6 +45,7 @@ class TranslationReport:
     tokens: int  # of the references, ends included
     written: int  # tokens of the translations, ends included
     seconds: float  # that the translating took
+    cut: int  # translations that did not end by themselves but by the limit of their length
     decoding: str
     examples: tuple[Example, ...] = field(default=(), repr=False)
 
@@ -61,13 +62,17 @@ class TranslationReport:
         return {**values, "tokens_per_second": self.tokens_per_second}
 
     def render(self, console: Console) -> None:
-        say = console.print
+        def say(text: str) -> None:
+            console.print(text, markup=False, emoji=False, soft_wrap=True)
+
         say(f"BLEU {self.bleu:.2f}   chrF {self.chrf:.2f}   on {self.texts} texts, {self.decoding}")
         say(f"loss {self.loss:.4f} a token, perplexity {self.perplexity:.3f}")
         say(f"{self.tokens_per_second:.0f} tokens a second ({self.seconds:.1f} s)")
+        if self.cut:
+            say(f"{counted(self.cut, 'translation')} did not end, and {'was' if self.cut == 1 else 'were'} cut off")
         say(f"signatures: BLEU {self.bleu_signature}, chrF {self.chrf_signature}")
         for example in self.examples[:SHOWN]:
-            console.print(f"\n  {example.source}\n  -> {example.translation}\n  =  {example.reference}", markup=False)
+            say(f"\n  {example.source}\n  -> {example.translation}\n  =  {example.reference}")
 
     def save(self, folder: Path) -> None:
         """`metrics.json`, and every translation beside its reference in `translations.tsv`."""
@@ -90,16 +95,25 @@ class TranslationMetric:
         self.decoding = decoding
         self.examples: dict[int, Example] = {}
         self.losses: dict[int, float] = {}  # sums over a text's tokens
-        self.tokens = self.written = 0
+        self.tokens = self.written = self.cut = 0
         self.seconds = 0.0
 
-    def update(self, examples: list[Example], losses: list[float], tokens: int, written: int, seconds: float) -> None:
-        """`losses`: of each text's reference, summed over its tokens."""
+    def update(
+        self,
+        examples: list[Example],
+        losses: list[float],
+        tokens: int,
+        written: int,
+        seconds: float,
+        cut: int,
+    ) -> None:
+        """`losses`: of each text's reference, summed over its tokens; `cut`: translations that the limit ended."""
         for example, loss in zip(examples, losses, strict=True):
             self.examples[example.index], self.losses[example.index] = example, loss
         self.tokens += tokens
         self.written += written
         self.seconds += seconds
+        self.cut += cut
 
     def state(self) -> dict[str, Any]:
         """For another process's `merge`."""
@@ -110,6 +124,7 @@ class TranslationMetric:
         self.losses.update(state["losses"])
         self.tokens += state["tokens"]
         self.written += state["written"]
+        self.cut += state["cut"]
         self.seconds = max(self.seconds, state["seconds"])  # processes work side by side
 
     def compute(self) -> TranslationReport:
@@ -134,6 +149,7 @@ class TranslationMetric:
             tokens=self.tokens,
             written=self.written,
             seconds=self.seconds,
+            cut=self.cut,
             decoding=self.decoding,
             examples=tuple(ordered),
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,11 +15,15 @@ from torch.nn import functional as F
 from saccade.backbones.base import Row
 from saccade.config import RunConfig
 from saccade.data.text.batches import TextTargets
-from saccade.decoding import beam_search, greedy
+from saccade.decoding import Hypothesis, beam_search, greedy
 from saccade.layers.token_loss import linear_cross_entropy
 from saccade.metrics.translation import Example, TranslationMetric, TranslationReport
 from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
 from saccade.tokenizer import Tokenizer
+
+USUAL = 99.9  # per cent of the training pairs show how long a translation may become
+FEW = 10  # tokens by which lengths are raised before they are divided: those of short texts scatter
+SPARE = 5  # tokens that an expected length leaves free
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Answer:
     """What evaluation needs of a batch."""
 
     losses: Float[Tensor, " B"]  # of each reference, summed over its tokens
-    translations: list[list[int]]
+    translations: list[Hypothesis]
     seconds: float  # that they took
 
 
@@ -43,6 +49,22 @@ class TranslationTask:
         self.label_smoothing = config.loss.label_smoothing
         self.decoding = config.decoding
         self.most = min(config.text.max_length, row.max_length)
+        self.longer: float | None = None  # how much longer than their texts translations are expected to be at most
+
+    def expect(self, lengths: Int[np.ndarray, "N 2"]) -> None:
+        """From now on translations end where hardly any of a training run would go on.
+
+        A model that has yet to learn when to end says everything up to the limit, which takes evaluations several times
+        as long as they take later; what it says so far on is worth nothing. `lengths` are those of texts and their
+        translations, in tokens. How many the limit ended is part of the report.
+        """
+        raised = lengths + FEW
+        self.longer = float(np.percentile(raised[:, 1] / raised[:, 0], USUAL))
+
+    def longest(self, length: int) -> int:
+        """Of a translation, in tokens, its end included, for a text of `length` tokens."""
+        most = min(self.most, 2 * length + 20)  # a translation that long repeats itself
+        return most if self.longer is None else min(most, math.ceil(self.longer * (length + FEW)) - FEW + SPARE)
 
     def forward(self, network: nn.Module, source: Int[Tensor, "B S"], targets: TextTargets) -> TranslationOutputs:
         """The decoder is given the reference up to each place; scores (M, V) of all places that are no padding."""
@@ -73,29 +95,31 @@ class TranslationTask:
         found = self.translate(model, source)
         return Answer(losses, found, time.perf_counter() - began)
 
-    def translate(self, model: Translator, source: Int[Tensor, "B S"]) -> list[list[int]]:
-        most = min(self.most, 2 * source.shape[1] + 20)  # a translation that long repeats itself
+    def translate(self, model: Translator, source: Int[Tensor, "B S"]) -> list[Hypothesis]:
+        most = self.longest(source.shape[1])
         if self.decoding.beams == 1:
-            return greedy(model, source, most)
+            return [Hypothesis(tuple(each), math.nan, len(each) == most - 1) for each in greedy(model, source, most)]
         found = beam_search(model, source, most, beams=self.decoding.beams, length_penalty=self.decoding.length_penalty)
-        return [list(hypotheses[0].tokens) for hypotheses in found]
+        return [hypotheses[0] for hypotheses in found]
 
     def metric(self) -> TranslationMetric:
         beams, penalty = self.decoding.beams, self.decoding.length_penalty
         return TranslationMetric("greedy" if beams == 1 else f"{beams} beams, length penalty {penalty:g}")
 
     def update(self, metric: TranslationMetric, answer: Answer, targets: TextTargets) -> None:
-        texts = self.tokenizer.decode(answer.translations)
+        texts = self.tokenizer.decode([found.tokens for found in answer.translations])
         examples = [
             Example(*each) for each in zip(targets.indices, targets.sources, texts, targets.references, strict=True)
         ]
-        written = sum(len(tokens) + 1 for tokens in answer.translations)
-        metric.update(examples, answer.losses.double().tolist(), targets.count, written, answer.seconds)
+        written = sum(len(found.tokens) + 1 for found in answer.translations)
+        cut = sum(found.cut for found in answer.translations)
+        metric.update(examples, answer.losses.double().tolist(), targets.count, written, answer.seconds, cut)
 
     @staticmethod
     def scalars(report: TranslationReport) -> dict[str, float]:
         """The figures of a report that a run's table shows."""
-        return {"loss": report.loss, "perplexity": report.perplexity, "bleu": report.bleu, "chrf": report.chrf}
+        figures = {"loss": report.loss, "perplexity": report.perplexity, "bleu": report.bleu, "chrf": report.chrf}
+        return {**figures, "cut": report.cut / report.texts}
 
     @staticmethod
     def threshold(report: TranslationReport) -> None:

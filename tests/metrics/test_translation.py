@@ -17,7 +17,7 @@ MEANT = ["Ein Hund läuft durch den Schnee.", "Zwei Männer stehen draußen.", "
 def filled(chosen: list[int]) -> TranslationMetric:
     metric = TranslationMetric("greedy")
     for i in chosen:
-        metric.update([Example(i, f"source {i}", SAID[i], MEANT[i])], [2.0 * (i + 1)], 4, 5, 0.5)
+        metric.update([Example(i, f"source {i}", SAID[i], MEANT[i])], [2.0 * (i + 1)], 4, 5, 0.5, int(i == 1))
     return metric
 
 
@@ -28,6 +28,7 @@ def test_figures_are_those_of_the_library() -> None:
     assert "tok:13a" in report.bleu_signature and sacrebleu.__version__ in report.bleu_signature
     assert report.loss == 1.0 and report.perplexity == math.e
     assert (report.texts, report.tokens, report.written, report.tokens_per_second) == (3, 12, 15, 10.0)
+    assert report.cut == 1
     assert [example.index for example in report.examples] == [0, 1, 2]
 
 
