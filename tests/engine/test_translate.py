@@ -208,6 +208,27 @@ def test_killed_and_resumed(flags: list[str], runner: Any, killing: Any, texts: 
     assert killing.differences(run, reference) == []
 
 
+@pytest.mark.slow
+def test_two_processes(runner: Any, killing: Any, texts: Path, tmp_path: Path) -> None:
+    flags = [
+        "--steps=6", "--checkpoint-seconds=0", "--evaluations=2", "--device=cpu", "--precision=float32",
+        "--text.vocabulary=120", "--text.batch-tokens=96", "--distributed.strategy=ddp",
+    ]  # fmt: skip
+
+    def run(*arguments: Any, **how: Any) -> Any:
+        return runner.run(["train", *arguments], scratch=tmp_path / "scratch", world=2, **how)
+
+    whole, stopped = tmp_path / "whole", tmp_path / "run"
+    ended = run(texts, *flags, "--out", whole)
+    assert ended.code == 0, ended.output
+    assert run(texts, *flags, "--out", stopped, kill_at="after step 2", rank=1).code == -signal.SIGKILL
+    ended = run("--resume", stopped)
+    assert ended.code == 0, ended.output
+    assert killing.differences(stopped, whole) == []
+    refused = run(texts, *flags, "--distributed.strategy=fsdp", "--out", tmp_path / "sharded")
+    assert refused.code == 2 and "translators are not sharded" in refused.output, refused.output
+
+
 def test_other_data_is_refused(texts: Path, tmp_path: Path) -> None:
     folder = make_texts(tmp_path / "texts")
     settings = config(folder, tmp_path / "run")
