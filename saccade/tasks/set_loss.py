@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from saccade.layers.boxes import generalised_iou, iou, to_corners
 from saccade.models.detector import BoxTargets, DetectionOutputs, LayerOutputs
 from saccade.tasks.matching import ClassCost, Matches, Weights, focal_cost, match, softmax_cost
+from saccade.tasks.processes import mean_over_processes
 
 NOTHING = 0.1  # weight of the class for nothing, of which there are many more than of all others
 
@@ -127,11 +127,7 @@ def mean_count(targets: BoxTargets, groups: int = 1) -> Tensor:
 
     Each group of queries has all of them.
     """
-    count = torch.tensor(float(groups * len(targets.labels)), device=targets.boxes.device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp(min=1.0)
+    return mean_over_processes(groups * len(targets.labels), targets.boxes.device).clamp(min=1.0)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

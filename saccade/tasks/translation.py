@@ -19,6 +19,7 @@ from saccade.decoding import Hypothesis, beam_search, greedy
 from saccade.layers.token_loss import linear_cross_entropy
 from saccade.metrics.translation import Example, TranslationMetric, TranslationReport
 from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
+from saccade.tasks.processes import mean_over_processes
 from saccade.tokenizer import Tokenizer
 
 USUAL = 99.9  # per cent of the training pairs show how long a translation may become
@@ -75,13 +76,16 @@ class TranslationTask:
         return torch.cat((torch.full_like(tokens[:, :1], self.row.begin), tokens[:, :-1]), dim=1)
 
     def losses(self, outputs: TranslationOutputs, targets: TextTargets) -> dict[str, Tensor]:
-        """Cross-entropy by token, the target smoothed over the vocabulary: https://arxiv.org/abs/1512.00567."""
+        """Cross-entropy by token, the target smoothed over the vocabulary: https://arxiv.org/abs/1512.00567.
+
+        Each token counts alike, whichever process has it.
+        """
         wanted = targets.tokens[targets.tokens != self.row.pad]
         if outputs.ready is None:
             loss = linear_cross_entropy(outputs.hidden, outputs.table, outputs.bias, wanted, self.label_smoothing)
         else:
             loss = F.cross_entropy(outputs.ready.float(), wanted, label_smoothing=self.label_smoothing)
-        return {"cross_entropy": loss}
+        return {"cross_entropy": loss * (len(wanted) / mean_over_processes(len(wanted), loss.device))}
 
     def answer(self, network: nn.Module, source: Int[Tensor, "B S"], targets: TextTargets) -> Answer:
         model = bare(network)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,36 @@ def test_what_never_ends_is_cut_early_while_it_learns(texts: Path, tmp_path: Pat
     assert report.cut == report.texts == 10 and task.scalars(report)["cut"] == 1
 
 
+def test_speed_is_that_of_learning(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of the translations a second, without the time of evaluations."""
+    learn, evaluate = engine.train_step, engine.evaluate
+    tokens, speeds = [], []
+
+    def slow_step(*values: Any) -> Any:
+        time.sleep(0.05)
+        result = learn(*values)
+        tokens.append(result.amount)
+        return result
+
+    def slower_evaluation(*values: Any) -> Any:
+        time.sleep(1.0)
+        return evaluate(*values)
+
+    monkeypatch.setattr(engine, "train_step", slow_step)
+    monkeypatch.setattr(engine, "evaluate", slower_evaluation)
+    monkeypatch.setattr(engine.RunTable, "step", lambda self, step, loss, speed: speeds.append(speed))
+    start = time.monotonic()
+    engine.train(config(texts, tmp_path / "run", steps=4, evaluations=4), show=False)
+    assert sum(tokens) / (time.monotonic() - start - 4.0) < speeds[-1] < sum(tokens) / (4 * 0.05)
+
+
+def test_few_steps_are_said_in_words_of_texts(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = engine.open_session(config(texts, tmp_path / "run", steps=None, minutes=0.01, epochs=None), World())
+    engine.steps_within(session, 0.6, time.monotonic(), show=True)
+    said = capsys.readouterr().err
+    assert "a smaller --text.batch-tokens" in said and "image" not in said
+
+
 def test_hardly_any_translation_is_longer_than_expected(texts: Path, tmp_path: Path) -> None:
     task = TranslationTask(learn_tokenizer(["a b c"], 64), config(texts, tmp_path), model_row("transformer_tiny"))
     task.most = 256
@@ -179,6 +210,18 @@ def test_loss_is_cross_entropy_against_smoothed_targets(texts: Path, tmp_path: P
     for outputs in (TranslationOutputs(logits, torch.eye(9)), TranslationOutputs(logits, logits, ready=logits)):
         losses = task.losses(outputs, TextTargets(tokens, 5))
         assert sum(losses.values()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_each_token_counts_alike_in_all_processes(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes this one has two tokens and the other six: its share is half of what it would be alone."""
+    task = TranslationTask(learn_tokenizer(["a b c"], 64), config(texts, tmp_path), model_row("transformer_tiny"))
+    logits, targets = torch.randn(2, 9), TextTargets(torch.tensor([[5, 2]]), 2)
+    outputs = TranslationOutputs(logits, torch.eye(9))
+    alone = task.losses(outputs, targets)["cross_entropy"].item()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(6))
+    assert task.losses(outputs, targets)["cross_entropy"].item() == pytest.approx(alone * 2 / 4)
 
 
 def test_inverse_root_schedule() -> None:
