@@ -30,6 +30,7 @@ class PictureData:
 
     tokenizer: Tokenizer | None = None
     samples = counted = "pictures"
+    smaller = "--image-size"
 
     def __init__(self, config: RunConfig, world: World, device: torch.device, folder: Path | None):
         distributed.check_batch_size(config.batch_size, world)

@@ -41,6 +41,7 @@ class RunData(Protocol):
     notes: list[str]
     samples: str  # what they are called, in the plural
     counted: str  # in what speed is counted
+    smaller: str  # the setting by which a step becomes shorter
 
     def __len__(self) -> int:
         """Samples to learn from."""

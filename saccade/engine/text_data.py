@@ -30,7 +30,7 @@ class TextData:
 
     task = "translate"
     class_names: tuple[str, ...] = ()
-    samples, counted = "pairs", "tokens"
+    samples, counted, smaller = "pairs", "tokens", "--text.batch-tokens"
 
     def __init__(self, config: RunConfig, world: World, device: torch.device, folder: Path | None):
         if config.distributed.strategy == "fsdp" and world.size > 1:

@@ -229,7 +229,8 @@ def steps_within(session: Session, seconds: float, began: float, show: bool) -> 
     planned = f"{counted(total, 'step')} and {counted(evaluations, 'evaluation')}"
     table.say(f"measured {each}: {planned} in {clock(seconds)}")
     if total < FEW_STEPS:
-        table.say("note: so few steps teach next to nothing; give more --minutes, or a smaller --image-size")
+        smaller = session.data.smaller
+        table.say(f"note: so few steps teach next to nothing; give more --minutes, or a smaller {smaller}")
     return total, evaluations
 
 
@@ -249,7 +250,7 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
     accumulate = config.optimizer.accumulate
     batches = session.data.train_batches(first_step * accumulate, plan.total_steps * accumulate)
     saver = Saver(session, folder, ema, config.checkpoint_seconds)
-    amount, clock_start = 0, time.monotonic()
+    amount, learning, clock_start = 0, 0.0, time.monotonic()
     # closed whatever happens: loader workers that take no SIGTERM would keep a failing program from its end
     shown = RunTable(plan.total_steps, first_step, show=show, counted=session.data.counted)
     with shown as table, stop_signals() as stop, closing(batches):
@@ -258,7 +259,9 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
             step = progress.step
             lr = config.lr * lr_share(step, plan.total_steps, config.schedule)
             set_lr(session.optimizers, lr)
+            step_start = time.monotonic()
             result = train_step(session, batches, step)
+            learning += time.monotonic() - step_start
             amount += result.amount * world.size
             note_unreadable(progress, session, result.unreadable, table)
             progress.step = step + 1
@@ -271,8 +274,7 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
                 progress.loss_count += 1
                 if ema is not None:
                     ema.update(step)
-            speed = amount / (time.monotonic() - clock_start)
-            table.step(progress.step, result.loss, speed)
+            table.step(progress.step, result.loss, amount / learning)
             if writer is not None:
                 writer.add(step, {"train/loss": result.loss, "train/lr": lr, "train/grad_norm": result.grad_norm})
             done = progress.step
