@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from saccade.layers.dropout import dropout
 from saccade.layers.stepping import PackedLinear
@@ -123,7 +123,8 @@ class Recurrent(Translator):
         keep = source != self.config.pad
         x = self.embed_source(source) if embedded is None else embedded
         lengths = keep.sum(dim=1).cpu()
-        states, last = self.encoder(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        states, last = fused(self.encoder, packed)
         states, _ = pad_packed_sequence(states, batch_first=True, total_length=source.shape[1])
         final = last[0] if isinstance(last, tuple) else last
         summary = torch.cat((final[-2], final[-1]), dim=-1)  # (B, C): the last state of either direction
@@ -186,8 +187,19 @@ class Memory:
 def _run(cell: nn.Module, x: Tensor, state: State | None) -> tuple[Tensor, State]:
     """The fused recurrence; an LSTM's state is a pair, the others' a tensor."""
     given = None if state is None else state if len(state) == 2 else state[0]
-    out, after = cell(x, given)
+    out, after = fused(cell, x, given)
     return out, after if isinstance(after, tuple) else (after,)
+
+
+def fused(cell: nn.Module, x: Any, state: Any = None) -> tuple[Any, Any]:
+    """`cell(x, state)`; in full precision on processors without bfloat16, for which there is no LSTM in it."""
+    device = x.data.device.type
+    if device != "cpu" or not torch.is_autocast_enabled(device) or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return cell(x, state)
+    with torch.autocast(device, enabled=False):
+        x = x._replace(data=x.data.float()) if isinstance(x, PackedSequence) else x.float()
+        given = tuple(part.float() for part in state) if isinstance(state, tuple) else state
+        return cell(x, given.float() if isinstance(given, Tensor) else given)
 
 
 class RecurrentState:
