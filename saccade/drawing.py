@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,10 @@ BLUE = "#2563a8"
 ORANGE = "#d9730d"
 RED = "#c62828"
 GREEN = "#2e7d32"
+# Of the first classes. Told apart by nearly everybody: https://jfly.uni-koeln.de/color/, in the order of how well they
+# stand on photographs
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333", "#f0e442")
+GOLDEN = (math.sqrt(5) - 1) / 2  # turns of the colour wheel from one class to the next, so that none is met again soon
 
 # Scripts that the first font lacks, on Linux, macOS and Windows; only those that are installed are used.
 WIDE_COVERAGE = (
@@ -75,6 +80,15 @@ def shorten(text: str, limit: int) -> str:
         return text
     tail = (limit - 1) // 3
     return text[: limit - 1 - tail].rstrip() + "…" + text[len(text) - tail :].lstrip()
+
+
+def class_colour(k: int) -> str:
+    """The colour of the class at position `k` of the model's or data's names: the same in every picture and chart."""
+    if k < len(COLOURS):
+        return COLOURS[k]
+    lightness = (0.38, 0.56, 0.47)[k % 3]
+    parts = colorsys.hls_to_rgb(k * GOLDEN % 1, lightness, 0.65)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 @contextmanager
@@ -227,28 +241,32 @@ def position_similarity(embeddings: np.ndarray | Tensor, grid: tuple[int, int], 
         return save_figure(figure, path, dpi)
 
 
+SCORES = {"val_bleu": "BLEU", "val_chrf": "chrF"}
+
+
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Loss, validation and learning rate over the steps of a run.
 
-    A row has `step` and any of `loss`, `lr`, `val_loss` and other `val_*` shares in 0..1. Missing values (absent, None,
-    "", NaN) are left out; losses that were not finite are marked.
+    A row has `step` and any of `loss`, `lr`, `val_loss`, `val_threshold` and other `val_*` shares in 0..1. Missing values
+    (absent, None, "", NaN) are left out; losses that were not finite are marked.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     series = _series(rows)
     losses = {key: series[key] for key in ("loss", "val_loss") if key in series}
     shares = {
         key: (steps, values)
         for key, (steps, values) in series.items()
-        if key.startswith("val_") and key != "val_loss" and np.min(values) >= 0 and np.max(values) <= 1
+        if key.startswith("val_") and key not in NO_SHARES and np.min(values) >= 0 and np.max(values) <= 1
     }
-    panels = [name for name, there in (("loss", losses), ("shares", shares), ("lr", "lr" in series)) if there]
+    there = {"loss": losses, "shares": shares, "threshold": "val_threshold" in series, "lr": "lr" in series}
+    panels = [name for name, found in there.items() if found]
     if not panels:
         raise UserError("there is nothing to draw yet: no row has a loss, a validation result or a learning rate")
 
     with chart_style():
-        heights = [{"loss": 3.0, "shares": 2.6, "lr": 1.5}[name] for name in panels]
+        heights = [{"loss": 3.0, "shares": 2.6, "threshold": 1.5, "lr": 1.5}[name] for name in panels]
         figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
         places: dict[str, Axes] = dict(zip(panels, grid[:, 0], strict=True))
@@ -258,20 +276,12 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         if "loss" in places:
             _draw_losses(places["loss"], losses, rows)
         if "shares" in places:
-            axes = places["shares"]
-            axes.set_title("Validation")
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
-            first_top1 = sorted(shares.items(), key=lambda item: item[0] != "val_top1")
-            for i, (key, (steps, values)) in enumerate(first_top1):
-                name = key.removeprefix("val_").replace("top", "top-").replace("_", " ")
-                axes.plot(steps, values, color=BLUE if i == 0 else f"C{i}", marker="o", markersize=3.5, label=name)
-            if "val_top1" in shares:
-                steps, values = shares["val_top1"]
-                best = int(np.argmax(values))
-                axes.plot(steps[best], values[best], "o", markersize=9, markerfacecolor="none", color=INK)
-                found = f"best top-1 {100 * values[best]:.1f} % at step {steps[best]:.0f}"
-                axes.set_title(found, loc="right", fontsize=10, fontweight="normal")
-            axes.legend(loc="best")
+            _draw_shares(places["shares"], shares)
+        if "threshold" in places:
+            steps, values = series["val_threshold"]
+            places["threshold"].set_title("Score from which on F1 is best")
+            places["threshold"].plot(steps, values, color=FAINT, marker="o", markersize=3.5)
+            places["threshold"].set_ylim(0, 1)
         if "lr" in places:
             places["lr"].set_title("Learning rate")
             places["lr"].plot(*series["lr"], color=FAINT, marker=_marker(series["lr"][0]))
@@ -280,6 +290,34 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         last.set_xlabel("step")
         last.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         return save_figure(figure, path)
+
+
+NO_SHARES = ("val_loss", "val_threshold")
+SHOWN_NAMES = {"top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "f1": "F1"}
+CHOOSES = ("val_top1", "val_ap")  # by which the kept model is chosen
+
+
+def _draw_shares(axes: Axes, shares: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """The figure by which the model is chosen comes first, and its best value is marked and said."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_title("Validation")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
+    for i, (key, (steps, values)) in enumerate(sorted(shares.items(), key=lambda item: item[0] not in CHOOSES)):
+        name = key.removeprefix("val_")
+        name = SHOWN_NAMES.get(name, name.replace("_", " "))
+        axes.plot(steps, values, color=BLUE if i == 0 else f"C{i}", marker="o", markersize=3.5, label=name)
+        if key in CHOOSES:
+            best = int(np.argmax(values))
+            axes.plot(steps[best], values[best], "o", markersize=9, markerfacecolor="none", color=INK)
+            found = f"best {name} {100 * values[best]:.1f} % at step {steps[best]:.0f}"
+            axes.set_title(found, loc="right", fontsize=10, fontweight="normal")
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the chart: anywhere in it, it may hide a curve."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
 
 def _number(value: Any) -> float:
@@ -301,6 +339,19 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np
         if finite.any():
             series[key] = steps[finite], values[finite]
     return series
+
+
+def _draw_scores(axes: Axes, scores: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    axes.set_title("Validation")
+    axes.set_ylim(0, max(10.0, 1.08 * max(float(np.max(values)) for _, values in scores.values())))
+    for i, (key, (steps, values)) in enumerate(scores.items()):
+        axes.plot(steps, values, color=BLUE if i == 0 else f"C{i}", marker="o", markersize=3.5, label=SCORES[key])
+    key, (steps, values) = next(iter(scores.items()))
+    best = int(np.argmax(values))
+    axes.plot(steps[best], values[best], "o", markersize=9, markerfacecolor="none", color=INK)
+    found = f"best {SCORES[key]} {values[best]:.1f} at step {steps[best]:.0f}"
+    axes.set_title(found, loc="right", fontsize=10, fontweight="normal")
+    axes.legend(loc="best")
 
 
 def _draw_losses(
@@ -330,7 +381,7 @@ def _draw_losses(
     if faulty:
         bottom = axes.get_xaxis_transform()
         axes.plot(faulty, [0.03] * len(faulty), "x", color=RED, transform=bottom, label="not finite")
-    axes.legend(loc="upper right")
+    _legend(axes)
 
 
 def _marker(steps: np.ndarray) -> str:

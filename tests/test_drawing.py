@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from saccade import drawing
 from saccade.drawing import heat_range, overlay, position_similarity, shorten, training_curves, typeface
 from saccade.errors import UserError
 
@@ -104,6 +105,20 @@ def test_training_curves_with_gaps_faults_and_text(tmp_path):
     text = [{key: str(value) for key, value in row.items()} | {"note": "", "val_top5": ""} for row in made]
     assert training_curves(made, tmp_path / "a.png").exists()
     assert training_curves(text, tmp_path / "b.png").exists()
+
+
+def test_training_curves_of_translations(tmp_path, monkeypatch):
+    """BLEU and chrF go to 100, beside a perplexity that is no score; the early ones may be below 1."""
+    drawn = {}
+    monkeypatch.setattr(drawing, "_draw_scores", lambda axes, scores: drawn.update(scores))
+    made = [
+        {"step": 10 * i, "loss": 5 - i, "val_loss": 4, "val_perplexity": 54, "val_bleu": bleu, "val_chrf": 20}
+        for i, bleu in enumerate((0.2, 9.0, 31.5))
+    ]
+    training_curves(made, tmp_path / "a.png")
+    assert list(drawn) == ["val_bleu", "val_chrf"] and drawn["val_bleu"][1].tolist() == [0.2, 9.0, 31.5]
+    monkeypatch.undo()
+    assert training_curves(made[:1], tmp_path / "b.png").exists()
 
 
 @pytest.mark.parametrize("made", [[], [{"step": 1}], [{"step": 1, "loss": math.nan}]])
