@@ -17,6 +17,7 @@ from saccade.predictions.cards import write_new
 
 INCH = 0.34  # of a token's row or column
 LONG = 60  # tokens; more cannot be read in one picture
+EVEN = 3  # times an even share of all tokens is the darkest, at least: what is taken from all alike must look pale
 NAME = 40  # letters of a file's name
 
 
@@ -81,7 +82,8 @@ class Translation:
             figure = Figure(figsize=(max(width, 4.5), max(INCH * T + 2.0, 3.0)), layout="constrained")
             axes = figure.subplots(1, len(tables), squeeze=False)[0]
             for axis, (title, table) in zip(axes, tables, strict=True):
-                axis.imshow(table[:T, :S], cmap="Blues", vmin=0, vmax=max(float(table.max()), 1e-6), aspect="auto")
+                darkest = max(float(table.max()), min(1.0, EVEN / table.shape[1]))
+                axis.imshow(table[:T, :S], cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
                 axis.set_title(title)
                 names = [name.replace(" ", "", 1) or "␣" for name in self.source_tokens[:S]]
                 axis.set_xticks(range(S), names, rotation=60, ha="left", rotation_mode="anchor")

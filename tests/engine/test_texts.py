@@ -20,6 +20,7 @@ from saccade.engine.translate import TextModel, relevance
 from saccade.errors import UserError
 from saccade.models import build_network, model_row
 from saccade.models.translator import Translator, TranslatorRow
+from saccade.predictions.translation import Translation
 from saccade.tokenizer import learn_tokenizer
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard, save_model
@@ -100,6 +101,15 @@ def test_explanations(model: TextModel, tmp_path: Path) -> None:
     assert result.save(tmp_path) != picture
     with pytest.raises(UserError, match="nothing to draw"):
         model.translate("A dog.")[0].save(tmp_path)
+
+
+def test_what_is_taken_from_all_alike_is_drawn_pale(tmp_path: Path) -> None:
+    even = np.full((8, 8), 1 / 8)
+    result = Translation("a", "b", source_tokens=("x",) * 8, tokens=("y",) * 8, alignment=even, relevance=np.eye(8))
+    drawn = np.asarray(Image.open(result.save(tmp_path / "a.png")).convert("L"))
+    height, width = drawn.shape
+    assert drawn[int(0.7 * height), int(0.25 * width)] > 150
+    assert drawn[:, width // 2 :].min() < 60
 
 
 def test_relevance_sees_what_is_copied() -> None:
