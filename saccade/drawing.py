@@ -241,14 +241,18 @@ def position_similarity(embeddings: np.ndarray | Tensor, grid: tuple[int, int], 
         return save_figure(figure, path, dpi)
 
 
-SCORES = {"val_bleu": "BLEU", "val_chrf": "chrF"}
+SCORES = {"val_bleu": "BLEU", "val_chrf": "chrF"}  # from 0 to 100
+NO_SHARES = ("val_loss", "val_threshold", *SCORES)
+SHOWN_NAMES = {"top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "f1": "F1"}
+CHOOSES = ("val_top1", "val_ap")  # by which the kept model is chosen
+PANELS = {"loss": 3.0, "shares": 2.6, "scores": 2.6, "threshold": 1.5, "lr": 1.5}  # and their heights
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Loss, validation and learning rate over the steps of a run.
 
-    A row has `step` and any of `loss`, `lr`, `val_loss`, `val_threshold` and other `val_*` shares in 0..1. Missing values
-    (absent, None, "", NaN) are left out; losses that were not finite are marked.
+    A row has `step` and any of `loss`, `lr`, `val_loss`, `val_threshold`, `val_bleu`, `val_chrf` and other `val_*`
+    shares in 0..1. Missing values (absent, None, "", NaN) are left out; losses that were not finite are marked.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -260,13 +264,20 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         for key, (steps, values) in series.items()
         if key.startswith("val_") and key not in NO_SHARES and np.min(values) >= 0 and np.max(values) <= 1
     }
-    there = {"loss": losses, "shares": shares, "threshold": "val_threshold" in series, "lr": "lr" in series}
-    panels = [name for name, found in there.items() if found]
+    scores = {key: series[key] for key in SCORES if key in series}
+    there = {
+        "loss": losses,
+        "shares": shares,
+        "scores": scores,
+        "threshold": "val_threshold" in series,
+        "lr": "lr" in series,
+    }
+    panels = [name for name in PANELS if there[name]]
     if not panels:
         raise UserError("there is nothing to draw yet: no row has a loss, a validation result or a learning rate")
 
     with chart_style():
-        heights = [{"loss": 3.0, "shares": 2.6, "threshold": 1.5, "lr": 1.5}[name] for name in panels]
+        heights = [PANELS[name] for name in panels]
         figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
         places: dict[str, Axes] = dict(zip(panels, grid[:, 0], strict=True))
@@ -277,6 +288,8 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
             _draw_losses(places["loss"], losses, rows)
         if "shares" in places:
             _draw_shares(places["shares"], shares)
+        if "scores" in places:
+            _draw_scores(places["scores"], scores)
         if "threshold" in places:
             steps, values = series["val_threshold"]
             places["threshold"].set_title("Score from which on F1 is best")
@@ -290,11 +303,6 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         last.set_xlabel("step")
         last.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         return save_figure(figure, path)
-
-
-NO_SHARES = ("val_loss", "val_threshold")
-SHOWN_NAMES = {"top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "f1": "F1"}
-CHOOSES = ("val_top1", "val_ap")  # by which the kept model is chosen
 
 
 def _draw_shares(axes: Axes, shares: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -351,7 +359,7 @@ def _draw_scores(axes: Axes, scores: Mapping[str, tuple[np.ndarray, np.ndarray]]
     axes.plot(steps[best], values[best], "o", markersize=9, markerfacecolor="none", color=INK)
     found = f"best {SCORES[key]} {values[best]:.1f} at step {steps[best]:.0f}"
     axes.set_title(found, loc="right", fontsize=10, fontweight="normal")
-    axes.legend(loc="best")
+    _legend(axes)
 
 
 def _draw_losses(

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from saccade import UserError
-from saccade.drawing import RED
+from saccade.drawing import COLOURS, RED, class_colour
 from saccade.predictions import Detections
 from saccade.predictions.cards import names_apart
-from saccade.predictions.detection_card import COLOURS, class_colours, draw_boxes, surest
+from saccade.predictions.detection_card import _place, class_colours, draw_boxes, draw_card, surest
 
 NAMES = ("cell", "traffic light", "x" * 300, "ひまわり", "", "two\nlines", "$a_b$ [bold]", "h", "i", "j")
 
@@ -192,13 +192,42 @@ def test_labels_stay_in_the_picture_and_off_each_other(monkeypatch):
     assert not places, "no room for any"
 
 
-def test_colours_differ_within_a_picture_and_are_the_same_in_all():
+def test_the_colour_of_a_class_hangs_on_the_class_alone():
     many = made(count=40, classes=8)
     assert len(set(class_colours(many).values())) == len(set(many.classes.tolist())) == 8
-    assert class_colours(two())[1] == class_colours(dataclasses.replace(two(), classes=np.array([1, 5])))[1]
     clash = class_colours(dataclasses.replace(two(), classes=np.array([1, 9])))
-    assert clash[1] != clash[9]
+    others = class_colours(dataclasses.replace(two(), classes=np.array([2, 9])))
+    assert clash == {1: class_colours(two())[1], 9: others[9]}
+    assert len({class_colour(k) for k in range(91)}) == 91
     assert RED not in COLOURS  # red beside green is what many cannot tell apart
+
+
+def test_the_list_is_in_the_order_of_the_classes(monkeypatch):
+    """However many there are of each, so that no line hops from picture to picture."""
+    import saccade.predictions.detection_card as card
+
+    written: list[str] = []
+    write = card.write
+
+    def watched(draw, place, text, *values, **options):
+        written.append(text)
+        write(draw, place, text, *values, **options)
+
+    monkeypatch.setattr(card, "write", watched)
+    names, classes = ("c", "c", "c", "a", "b", "b"), np.array([2, 2, 2, 0, 1, 1])
+    draw_card(dataclasses.replace(made(count=6), labels=names, classes=classes), Image.new("RGB", (640, 480)))
+    order = "".join(text for text in written if text in names)
+    assert order == "abbccc" + "abc", "of the tiles, then of the list"
+
+
+def test_a_label_keeps_its_corner_where_it_may():
+    """Above the left end, though another box is there that it hides a little of."""
+    boxes = np.array([[100.0, 100, 200, 200], [60, 20, 180, 140]])
+    place = _place(boxes[0], np.array([60, 19]), np.array([640, 480]), [], boxes[1:])
+    assert place is not None and place.tolist() == [100, 81, 160, 100]
+    small = np.array([[90.0, 80, 140, 102]])  # of which little would be left
+    moved = _place(boxes[0], np.array([60, 19]), np.array([640, 480]), [], small)
+    assert moved is not None and moved.tolist() != [100, 81, 160, 100]
 
 
 def test_tiles_are_of_every_class():

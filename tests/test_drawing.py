@@ -107,6 +107,25 @@ def test_training_curves_with_gaps_faults_and_text(tmp_path):
     assert training_curves(text, tmp_path / "b.png").exists()
 
 
+def test_training_curves_of_detections(tmp_path, monkeypatch):
+    """A threshold is no share, and a legend hides no curve."""
+    figures = []
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: figures.append(figure) or path)
+    made = [
+        {"step": 10 * i, "loss": 5 - i, "lr": 1, "val_ap": ap, "val_ap50": 2 * ap, "val_f1": 0.4, "val_threshold": 0.3}
+        for i, ap in enumerate((0.1, 0.45, 0.2))
+    ]
+    training_curves(made, tmp_path / "a.png")
+    loss, shares, threshold, rate = figures[0].axes
+    assert [line.get_label() for line in shares.lines if not line.get_label().startswith("_")] == ["AP", "AP50", "F1"]
+    assert shares.get_title("right") == "best AP 45.0 % at step 10"
+    figures[0].draw_without_rendering()
+    assert threshold.get_ylim() == (0, 1) and "0.50" in [text.get_text() for text in threshold.get_yticklabels()]
+    for axes in (loss, shares):
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+    assert rate.get_title("left") == "Learning rate"
+
+
 def test_training_curves_of_translations(tmp_path, monkeypatch):
     """BLEU and chrF go to 100, beside a perplexity that is no score; the early ones may be below 1."""
     drawn = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from saccade.drawing import BLUE, FAINT, GREEN, INK, ORANGE, chart_style, save_figure, shorten
+from saccade.drawing import BLUE, FAINT, GREEN, INK, ORANGE, chart_style, class_colour, save_figure, shorten
 from saccade.errors import UserError
 from saccade.metrics.classification import percent
 from saccade.metrics.detection_errors import KINDS, ClassConfusion, ErrorKind, PictureMistakes
@@ -262,10 +262,10 @@ def _draw_curves(report: DetectionReport, path: Path) -> None:
 
 
 def _named_curves(report: DetectionReport) -> list[int]:
-    """The classes whose curves get a colour: all, or of many the three best and the three worst, best first."""
+    """The classes whose curves get a colour, in their order: all, or of many the three best and the three worst."""
     known = [k for k, scores in enumerate(report.classes) if scores.ap is not None]
     ranked = sorted(known, key=lambda k: -(report.classes[k].ap or 0))
-    return ranked if len(ranked) <= MANY else ranked[:3] + ranked[-3:]
+    return known if len(known) <= MANY else sorted(ranked[:3] + ranked[-3:])
 
 
 def _draw_classes(
@@ -275,10 +275,10 @@ def _draw_classes(
     for k in known:
         if k not in named:
             axes.plot(RECALLS, report.curves[k, i], color=FAINT, linewidth=0.6, alpha=0.35)
-    for n, k in enumerate(named):
+    for k in named:
         scores = report.classes[k]
         label = f"{shorten(scores.name, 16)}  {_known(average(scores))}"
-        axes.plot(RECALLS, report.curves[k, i], color=f"C{n}", linewidth=1.3, label=label)
+        axes.plot(RECALLS, report.curves[k, i], color=class_colour(k), linewidth=1.3, label=label)
     if len(known) > 1:
         label = f"mean of {len(known)} classes  {_known(report.ap if i else report.ap50)}"
         axes.plot(RECALLS, report.mean_curves()[i], color=INK, linewidth=2.6, label=label)

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from saccade.drawing import FAINT, INK, heat_colours, overlay, shorten, typeface
+from saccade.drawing import FAINT, INK, class_colour, heat_colours, overlay, shorten, typeface
 from saccade.predictions.cards import GAP, MARGIN, cut, write
 
 if TYPE_CHECKING:
     from saccade.predictions.detection import Detections
 
-# Told apart by nearly everybody: https://jfly.uni-koeln.de/color/, in the order of how well they stand on photographs
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333", "#f0e442")
 MANY = 25  # boxes, from which on they are drawn thinner
 PANEL = 250
 WIDE = 1.9  # aspect, from which on the list stands below the picture
@@ -27,6 +25,7 @@ LISTED = 14  # classes
 TILE = 265  # about, of a side
 HEADING, CAPTION = 34, 28
 MOST_HIDDEN = 0.3  # of any box by a label
+ELSEWHERE = 0.06  # of a box, that may be hidden more before a label moves to its next place
 WHOLE_TILE = 0.1  # the share of a tile's side that a box has at least; for smaller ones a part of the picture is shown
 
 
@@ -41,7 +40,7 @@ def draw_card(found: Detections, picture: Image.Image) -> Image.Image:
     colours = class_colours(found)
     draw_boxes(drawn, found, np.array(size) / picture.size, colours)
 
-    rows = Counter(found.labels).most_common()
+    rows = _rows(found)
     listed = 62 + 30 * min(len(rows), LISTED + 1)
     # (left, top, width) of the list and of the tiles: beside the picture or below it, as its shape leaves room
     if drawn.width > WIDE * drawn.height:
@@ -66,12 +65,15 @@ def draw_card(found: Detections, picture: Image.Image) -> Image.Image:
 
 
 def class_colours(found: Detections) -> dict[int, str]:
-    """The same for a class in every picture, but where two in this one would have the same."""
-    colours: dict[int, str] = {}
-    for k in sorted(set(found.classes.tolist())):
-        nearest = [COLOURS[(k + step) % len(COLOURS)] for step in range(len(COLOURS))]
-        colours[k] = next((colour for colour in nearest if colour not in colours.values()), nearest[0])
-    return colours
+    return {k: class_colour(k) for k in sorted(set(found.classes.tolist()))}
+
+
+def _rows(found: Detections) -> list[tuple[str, int]]:
+    """The classes with their counts, in the order of the model's classes; where there are many, those with most come
+    first, in that order, too."""
+    position = dict(zip(found.labels, found.classes.tolist(), strict=True))
+    rows = Counter(found.labels).most_common()
+    return sorted(rows[:LISTED], key=lambda row: position[row[0]]) + rows[LISTED:]
 
 
 def draw_boxes(image: Image.Image, found: Detections, scale: np.ndarray, colours: dict[int, str]) -> None:
@@ -117,14 +119,17 @@ def outline(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: str, line: int, 
 def _place(
     box: np.ndarray, size: np.ndarray, most: np.ndarray, placed: list[np.ndarray], others: np.ndarray
 ) -> np.ndarray | None:
-    """Where a label fits: in the picture, over no other label, and hiding little of other boxes. None: nowhere."""
+    """Where a label fits: in the picture, over no other label, and hiding little of other boxes. None: nowhere.
+
+    At the left end above its box, where labels are looked for, unless that would hide more than another place.
+    """
     left, top, right, bottom = np.round(box)
     w, h = size
     if (size > most).any():
         return None
     corners = [
-        (left, top - h), (right - w, top - h), (left, bottom), (right - w, bottom),
-        (left, top), (right - w, top), (left, bottom - h), (right - w, bottom - h),
+        (left, top - h), (left, top), (right - w, top - h), (right - w, top),
+        (left, bottom), (right - w, bottom), (left, bottom - h), (right - w, bottom - h),
     ]  # fmt: skip
     best, least = None, math.inf
     areas = np.maximum((others[:, 2:] - others[:, :2]).prod(axis=1), 1.0)
@@ -140,7 +145,7 @@ def _place(
         if start[1] > top - h and start[1] < bottom:  # a label within its own box hides of that
             hidden = max(hidden, float(_common(place, box[None])[0] / max((box[2:] - box[:2]).prod(), 1.0)))
         # on another box it would be taken for that one's
-        cost = hidden + 0.3 * float(common.max(initial=0.0)) / (w * h) + 0.02 * order
+        cost = hidden + 0.1 * float(common.max(initial=0.0)) / (w * h) + ELSEWHERE * order
         if hidden < MOST_HIDDEN and cost < least:
             best, least = place, cost
     return best
@@ -199,10 +204,10 @@ def surest(found: Detections) -> list[int]:
 
 
 def draw_tiles(found: Detections, picture: Image.Image, colours: dict[int, str], width: int) -> Image.Image:
-    """Up to two rows of tiles under a heading."""
+    """Up to two rows of tiles under a heading: of some of every kind, in the order of the classes."""
     columns = max(2, round(width / (TILE + GAP)))
     side = (width + GAP) // columns - GAP
-    shown = surest(found)[: 2 * columns]
+    shown = sorted(surest(found)[: 2 * columns], key=lambda i: (found.classes[i], i))
     parts = [draw_part(found, picture, i, colours[int(found.classes[i])], side) for i in shown]
     tall = max(part.height for part in parts)
     lines = math.ceil(len(shown) / columns)

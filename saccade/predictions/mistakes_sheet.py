@@ -82,12 +82,12 @@ def _draw(one: Compared) -> Image.Image:
     wrong = [i for i, mistake in enumerate(one.mistakes) if mistake]
     for i in range(len(found)):
         if i not in wrong:
-            outline(draw, found[i], RIGHT, 1, size)
+            outline(draw, found[i], RIGHT, 2, size)
     missed = np.flatnonzero(one.missed)
     for i in missed:
-        _dashed(draw, truth[i], MISSED, 2, size)
+        _dashed(draw, truth[i], MISSED, 3, size)
     for i in wrong:
-        outline(draw, found[i], WRONG, 2, size)
+        outline(draw, found[i], WRONG, 3, size)
     texts = [f"{one.mistakes[i]}: {one.labels[i]}" for i in wrong] + [one.truth_labels[i] for i in missed]
     colours = [WRONG] * len(wrong) + [MISSED] * len(missed)
     write_labels(drawn, np.concatenate([found[wrong], truth[missed]]), texts, colours, pixels=11)
