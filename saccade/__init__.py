@@ -41,7 +41,8 @@ def __getattr__(name: str) -> Any:
 
 
 def train(data: str | None = None, *, resume: str | None = None, show: bool = True, **settings: Any) -> TrainResult:
-    """Train on `data`, pictures with labels or with boxes, or continue the run in the folder `resume`.
+    """Train on `data`, pictures with labels or with boxes, or texts with their translations, or continue the run in
+    the folder `resume`.
 
     Settings are those of the command, nested ones as dicts:
     `train("photos", minutes=5, image_size=128, optimizer={"name": "muon"})`.
@@ -71,15 +72,29 @@ def evaluate(
     batch_size: int | None = None,
     workers: int = 0,
     beams: int | None = None,
+    length_penalty: float | None = None,
+    languages: tuple[str | None, str | None] = (None, None),
 ) -> Any:
     """What a model (run folder or file) is worth on data with its truth.
 
     A ClassificationReport (top-1, per class figures, confusion, calibration), a DetectionReport (average precision,
-    per class and size, best threshold, kinds of mistakes), or a TranslationReport. `beams`: of a model of texts.
+    per class and size, best threshold, kinds of mistakes), or a TranslationReport (BLEU, chrF, loss, speed). Of a model
+    of texts: how many `beams`, the `length_penalty`, and the `languages` from and into, where they are not those that
+    it learnt.
     """
     from saccade.api import evaluate as run
 
-    return run(model, data, split=split, device=device, batch_size=batch_size, workers=workers, beams=beams)
+    return run(
+        model,
+        data,
+        split=split,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        beams=beams,
+        length_penalty=length_penalty,
+        languages=languages,
+    )
 
 
 def inspect(data: str, *, val: str | None = None) -> Report:

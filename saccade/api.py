@@ -12,12 +12,12 @@ from saccade.data.decode import Picture
 from saccade.data.loader import eval_batches, measure_sizes
 from saccade.data.source import BoxSource, Source
 from saccade.data.sources import fit_to_pictures, open_source
-from saccade.data.text.parallel import open_pairs
+from saccade.data.text.parallel import Pairs, open_pairs
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.run_folder import resume_config
-from saccade.engine.translate import BEAMS, TextModel, open_model
+from saccade.engine.translate import TextModel, open_model
 from saccade.errors import UserError
 from saccade.flags import spread
 from saccade.metrics.detection_errors import PictureMistakes
@@ -49,18 +49,25 @@ def evaluate(
     unreadable: list[str] | None = None,
     notes: list[str] | None = None,
     beams: int | None = None,
+    length_penalty: float | None = None,
+    languages: tuple[str | None, str | None] = (None, None),
 ) -> Any:
     """Run a model over data with its truth. `progress(done, total)` is called after each batch.
 
     What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count. What of
-    the truth is left out because it does not fit its picture is added to `notes`. `beams`: of a model of texts.
+    the truth is left out because it does not fit its picture is added to `notes`. Of a model of texts: `beams`,
+    `length_penalty`, and the `languages` from and into where they are not those that it learnt.
     """
     failed: list[str] = [] if unreadable is None else unreadable
     loaded = open_model(model, device=device)
     if isinstance(loaded, TextModel):
-        return evaluate_texts(loaded, Path(data), split, beams, progress)
-    if beams is not None:
-        raise UserError(f"--beams {beams}: is for translating, and {model} is a model of pictures")
+        pairs = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=notes)
+        given = {"beams": beams, "length_penalty": length_penalty, "batch_size": batch_size}
+        return evaluate_texts(loaded, pairs, {k: v for k, v in given.items() if v is not None}, progress)
+    names = ("beams", "length-penalty", "text.source", "text.target")
+    for name, value in zip(names, (beams, length_penalty, *languages), strict=True):
+        if value is not None:
+            raise UserError(f"--{name} {value}: is for translating, and {model} is a model of pictures")
     source = open_source(Path(data), split)
     if isinstance(source, BoxSource) != (loaded.task.name == "detect"):
         found = "boxes around things" if isinstance(source, BoxSource) else "a class for each picture"
@@ -99,9 +106,12 @@ def evaluate(
 
 
 def evaluate_texts(
-    model: TextModel, data: Path, split: str | None, beams: int | None, progress: Callable[[int, int], None] | None
+    model: TextModel,
+    pairs: Pairs,
+    options: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None,
 ) -> TranslationReport:
-    pairs, done = open_pairs(data, split), 0
+    done = 0
 
     def count(texts: int) -> None:
         nonlocal done
@@ -109,7 +119,7 @@ def evaluate_texts(
         if progress is not None:
             progress(done, len(pairs))
 
-    return model.evaluate(pairs, beams=BEAMS if beams is None else beams, progress=count)
+    return model.evaluate(pairs, **options, progress=count)
 
 
 def save_report(report: Any, folder: Path, data: str, *, split: str | None = None) -> tuple[str, ...]:

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saccade.config import Config, RunConfig, build_config, closest
+from saccade.config import Config, RunConfig, TextConfig, build_config, closest
 from saccade.errors import UserError
 from saccade.flags import ALIASES, add_alias, add_field, read_changes
 from saccade.words import counted
 
+SMALLER = "--batch-size or --image-size, of texts --text.batch-tokens"
 EPILOG = "`saccade COMMAND --help` shows the flags of a command. First look: `saccade demo`."
 
 
@@ -32,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return fail("out of memory; use a smaller --batch-size or --image-size")
+        return fail(f"out of memory; use a smaller {SMALLER}")
     except OSError as error:
         return fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        return fail("out of memory on the device; use a smaller --batch-size or --image-size")
+        return fail(f"out of memory on the device; use a smaller {SMALLER}")
 
 
 def fail(message: str) -> int:
@@ -54,7 +55,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def dispatch(arguments: list[str]) -> int:
-    parser = Parser("saccade", description="Vision transformers that learn from your pictures.", epilog=EPILOG)
+    parser = Parser(
+        "saccade", description="Transformers that learn from your pictures, and from your texts.", epilog=EPILOG
+    )
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     runners: dict[str, Callable[[argparse.Namespace], int]] = {}
@@ -142,7 +145,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Learn from pictures with labels, or with boxes around the things in them.
+    """Learn from pictures with labels or with boxes around the things in them, or from texts with their translations.
 
     saccade train photos/ --minutes 10                   everything else is chosen from the data
     saccade train photos/ --model vit_tiny --epochs 30   from scratch, with a named model
@@ -191,18 +194,40 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run folder or model file")
     parser.add_argument("data", help="data with its truth: a split's folder, or a data set (then its val or --split)")
     parser.add_argument("--split", help="which split of the data set")
-    parser.add_argument("--beams", type=positive, metavar="N", help="attempts side by side at a translation (4)")
-    parser.add_argument("--out", help="folder for figures and charts; for boxes also the pictures with most mistakes")
+    parser.add_argument(
+        "--out", help="folder for figures and charts; also the pictures with most mistakes, or all translations"
+    )
     add_common(parser)
+    texts = parser.add_argument_group("texts")
+    add_search(texts)
+    for name in ("text.source", "text.target"):
+        add_field(texts, TextConfig, name.removeprefix("text."), "text.")
+
+
+def add_search(group: Any) -> None:
+    """How translations are searched for."""
+    group.add_argument("--beams", type=positive, metavar="N", help="attempts side by side at a translation (default 4)")
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="P",
+        help="a translation's logarithm is divided by its length to this power (default 1)",
+    )
 
 
 def add_common(parser: argparse.ArgumentParser, batch_size: int | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    usual = "64, fewer of large ones" if batch_size is None else batch_size
+    usual = "pictures or texts at a time (default: by their size)"
     parser.add_argument(
-        "--batch-size", type=positive, default=batch_size, metavar="N", help=f"pictures at a time (default {usual})"
+        "--batch-size",
+        type=positive,
+        default=batch_size,
+        metavar="N",
+        help=usual if batch_size is None else f"pictures at a time (default {batch_size})",
     )
-    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="processes that read (default 0)")
+    parser.add_argument(
+        "--workers", type=natural, default=0, metavar="N", help="processes that read pictures (default 0)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
 
@@ -246,6 +271,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
             unreadable=unreadable,
             notes=notes,
             beams=options.beams,
+            length_penalty=options.length_penalty,
+            languages=tuple(getattr(options, name) for name in ("text.source", "text.target")),
         )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -266,8 +293,6 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT", help="pictures and folders of pictures; or texts, for a model of texts"
     )
-    parser.add_argument("--input", metavar="FILE", help="a file with a text in each line, for a model of texts")
-    parser.add_argument("--beams", type=positive, metavar="N", help="attempts side by side at a translation (4)")
     parser.add_argument("--save", metavar="DIR", help="save a picture of each prediction, and of why, here")
     parser.add_argument(
         "--threshold",
@@ -281,6 +306,19 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         help="print all detections as COCO results (JSON), by the ids of this annotation file",
     )
     add_common(parser)
+    texts = parser.add_argument_group("texts")
+    texts.add_argument("--input", metavar="FILE", help="a file with a text in each line, plain or .gz")
+    texts.add_argument("--stream", action="store_true", help="print each piece as soon as it is known, without beams")
+    add_search(texts)
+    texts.add_argument(
+        "--temperature", type=float, metavar="T", help="draw tokens instead of searching: above 1 wilder"
+    )
+    texts.add_argument("--top-k", type=positive, metavar="N", help="only from the N likeliest tokens")
+    texts.add_argument("--top-p", type=share, metavar="P", help="only from the fewest that together are that likely")
+    texts.add_argument("--seed", type=natural, metavar="N", help="of what is drawn (default 0)")
+
+
+OF_TEXTS = ("input", "stream", "beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
 
 
 def share(text: str) -> float:
@@ -303,7 +341,8 @@ def run_predict(options: argparse.Namespace) -> int:
     saccade predict Helsinki-NLP/opus-mt-en-de --input lines.txt
 
     --json prints a list with an object for each picture: source, label, score and top; or source, width, height and
-    detections, each with label, class, score and box (left, top, right, bottom in pixels).
+    detections, each with label, class, score and box (left, top, right, bottom in pixels); or for each text: source,
+    translation, score (mean logarithm of its tokens' probabilities) and cut (it did not end by itself).
     """
     from pathlib import Path
 
@@ -318,9 +357,10 @@ def run_predict(options: argparse.Namespace) -> int:
     model = open_model(options.model, device=options.device)
     if isinstance(model, TextModel):
         return predict_texts(model, options)
-    for flag, value in (("--input", options.input), ("--beams", options.beams)):
-        if value is not None:
-            raise UserError(f"{flag} {value}: is for translating, and {options.model} is a model of pictures")
+    for name in OF_TEXTS:
+        if getattr(options, name) not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: is for translating, and {options.model} is a model of pictures")
     if options.coco is not None and model.task.usual_threshold is None:
         raise UserError(f"--coco {options.coco}: is for detections, and {options.model} gives classes")
     ids = None if options.coco is None else CocoIds.read(options.coco, model.class_names)
@@ -358,26 +398,37 @@ def run_predict(options: argparse.Namespace) -> int:
 
 def predict_texts(model: Any, options: argparse.Namespace) -> int:
     """A line for each text."""
+    from pathlib import Path
+
     from saccade.data.text.parallel import read_texts
     from saccade.engine.progress import counter
+    from saccade.engine.translate import Search
 
     for flag, value in (("--threshold", options.threshold), ("--coco", options.coco)):
         if value is not None:
             raise UserError(f"{flag} {value}: is for pictures, and {options.model} translates texts")
     if options.input is not None and options.inputs:
         raise UserError(f"--input {options.input}: and texts as well; give one of both")
+    for text in options.inputs:
+        if Path(text).suffix and len(text) < 256 and Path(text).is_file():
+            raise UserError(
+                f"{text}: is a file, and texts are translated as they stand; for its lines, use --input {text}"
+            )
     texts = options.inputs if options.input is None else read_texts(options.input)
     if not any(text.strip() for text in texts):
         raise UserError(f"{options.input or 'the text'}: is empty; there is nothing to translate")
+    names = ("beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.stream:
+        return stream_texts(model, texts, [*given, *(name for name in ("save", "json") if getattr(options, name))])
+    search = Search(**given)
     saved: list[dict[str, Any]] = []
+    endless = 0
     with counter("translating") as progress:
         for result in model.each(
-            texts,
-            beams=options.beams or 4,
-            explained=options.save is not None,
-            batch_size=options.batch_size,
-            progress=progress,
+            texts, search, explained=options.save is not None, batch_size=options.batch_size, progress=progress
         ):
+            endless += result.cut
             facts = result.to_dict()
             if options.save is not None and result.relevance is not None:
                 facts["picture"] = str(result.save(options.save))
@@ -389,6 +440,30 @@ def predict_texts(model: Any, options: argparse.Namespace) -> int:
                 print(f"note: {result.source[:40]!r}...: {result.note}", file=sys.stderr)
     if options.json:
         print(json.dumps(saved, ensure_ascii=False))
+    if endless:
+        print(
+            f"note: {counted(endless, 'translation')} did not end, and {'was' if endless == 1 else 'were'} cut off; "
+            "has the model learnt enough?",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def stream_texts(model: Any, texts: Sequence[str], further: Sequence[str]) -> int:
+    """A line for each text, which grows while it is translated."""
+    import warnings
+
+    if further:
+        flags = ", ".join("--" + name.replace("_", "-") for name in further)
+        raise UserError(f"--stream: says the likeliest token each time, at once; it does not go with {flags}")
+    for text in texts:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for piece in model.stream(text):
+                print(piece, end="", flush=True)
+        print()
+        for warning in said:
+            print(f"note: {warning.message}", file=sys.stderr)
     return 0
 
 

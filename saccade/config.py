@@ -146,7 +146,9 @@ class NetworkConfig(Config):
     drop_path: float | None = Field(
         default=None, ge=0, lt=1, description="stochastic depth: largest rate, at the last block"
     )
-    dropout: float | None = Field(default=None, ge=0, lt=1, description="dropout after each feed-forward layer")
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="dropout after each feed-forward layer; of a translator after every part"
+    )
     patch_size: int | None = Field(default=None, ge=1, le=64, description="pixels per token side")
     pool: Literal["token", "distilled", "token_mean", "mean", "sequence", "attention"] | None = Field(
         default=None, description="how tokens become one vector"
@@ -247,7 +249,9 @@ class RunConfig(Config):
         default=None, gt=0, description="length of the run; the number of steps is measured and fixed"
     )
     steps: int | None = Field(default=None, ge=1, description="length of the run, in optimizer steps")
-    batch_size: int = Field(default=64, ge=1, description="pictures per step, over all processes together")
+    batch_size: int = Field(
+        default=64, ge=1, description="pictures per step, over all processes together; of texts see text.batch_tokens"
+    )
     lr: float = Field(default=1e-3, gt=0, description="highest learning rate")
     seed: int = Field(default=0, ge=0, description="of weights, order, augmentation and everything else that is random")
     workers: int | None = Field(

@@ -29,6 +29,7 @@ class PictureData:
     """See RunData."""
 
     tokenizer: Tokenizer | None = None
+    languages: tuple[str, str] | None = None
     samples = counted = "pictures"
     smaller = "--image-size"
 

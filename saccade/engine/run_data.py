@@ -53,6 +53,11 @@ class RunData(Protocol):
         ...
 
     @property
+    def languages(self) -> tuple[str, str] | None:
+        """From and into; none for pictures."""
+        ...
+
+    @property
     def about(self) -> str:
         """How much of what, for the first line of a run."""
         ...

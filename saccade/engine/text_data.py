@@ -83,6 +83,10 @@ class TextData:
         return len(self.train)
 
     @property
+    def languages(self) -> tuple[str, str]:
+        return self.train.languages
+
+    @property
     def about(self) -> str:
         of, into = self.train.languages
         tokens = f"{self.tokenizer.size} tokens in the vocabulary"

@@ -451,6 +451,7 @@ def describe(
         metrics=scalars,
         threshold=threshold,
         tokenizer=None if data.tokenizer is None else data.tokenizer.to_text(),
+        languages=data.languages,
         training_data=f"{Path(config.data).name}, {len(data)} {data.samples}, sha256 {plan.data_hash[:16]}",
         provenance=f"saccade train from {start}, seed {config.seed}, step {step} of {plan.total_steps}",
         library_version=__version__,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.config import DecodingConfig, RunConfig, TextConfig
-from saccade.data.text.batches import EncodedPairs, eval_batches
+from saccade.data.text.batches import MOST, EncodedPairs, eval_batches
 from saccade.data.text.parallel import Pairs
 from saccade.decoding import Hypothesis, beam_search, sample, stream
 from saccade.engine.device import choose_device
@@ -28,7 +30,7 @@ from saccade.weights.convert import check_tokenizer
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard
 
-BEAMS = 4
+BEAMS, MOST_BEAMS = 4, 64
 BATCH = 32  # texts at a time
 READ_AHEAD = 32  # batches whose texts are sorted by length
 ROOM = 20  # tokens that a translation may have beside twice its text's
@@ -67,32 +69,36 @@ class TextModel:
         explained: bool = False,
         batch_size: int = BATCH,
     ) -> list[Translation]:
-        """Translations in the order given, by beam search; with a `temperature` they are drawn instead.
+        """Translations in the order given, by beam search; with a `temperature` they are drawn instead, only from the
+        `top_k` likeliest tokens each time, and from the fewest that together have the probability `top_p`.
 
         `explained`: each carries which words it came from. An empty text has an empty translation. One that is longer
         than the model can take is cut, which its `note` says.
         """
         given = [texts] if isinstance(texts, str) else list(texts)
-        search = _Search(beams, length_penalty, temperature, top_k, top_p, seed)
-        return list(self._each(given, search, explained, batch_size, None))
+        search = Search(beams, length_penalty, temperature, top_k, top_p, seed)
+        return list(self.each(given, search, explained=explained, batch_size=batch_size))
 
     def each(
         self,
         texts: Sequence[str],
+        search: Search | None = None,
         *,
-        beams: int = BEAMS,
-        length_penalty: float = 1.0,
         explained: bool = False,
         batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Translation]:
         """As `translate`, one after the other while it goes."""
-        search = _Search(beams, length_penalty, None, None, 1.0, 0)
-        return self._each(texts, search, explained, batch_size or BATCH, progress)
+        return self._each(texts, search or Search(), explained, batch_size or BATCH, progress)
 
     def stream(self, text: str) -> Iterator[str]:
-        """The likeliest translation piece by piece, each as soon as it is known."""
-        tokens, _ = self._encoded(text)
+        """The translation of the likeliest token each time, piece by piece, each as soon as it is known.
+
+        A text that is longer than the model can take is cut, with a warning.
+        """
+        tokens, note = self._encoded(text)
+        if note:
+            warnings.warn(f"{text[:40]!r}...: {note}", stacklevel=2)
         said: list[int] = []
         shown = ""
         if len(tokens) <= 1:
@@ -111,9 +117,11 @@ class TextModel:
         beams: int = BEAMS,
         length_penalty: float = 1.0,
         batch_tokens: int = 4096,
+        batch_size: int = MOST,
         progress: Callable[[int], None] | None = None,
     ) -> TranslationReport:
-        """BLEU, chrF, loss and speed on texts with their translations."""
+        """BLEU, chrF, loss and speed on texts with their translations, at most `batch_size` at a time."""
+        Search(beams, length_penalty)  # which refuses what is out of bounds
         most = self.network.config.max_length
         decoding = DecodingConfig(beams=beams, length_penalty=length_penalty)
         config = RunConfig(data="", text=TextConfig(max_length=min(most, 4096)), decoding=decoding)
@@ -123,7 +131,7 @@ class TextModel:
         encoded = EncodedPairs(cut[0], cut[1], self.tokenizer.pad)
         return evaluate_batches(
             self.network,
-            eval_batches(pairs, encoded, batch_tokens),
+            eval_batches(pairs, encoded, batch_tokens, most=batch_size),
             task,
             lambda batch: batch.source,
             self.device,
@@ -137,7 +145,7 @@ class TextModel:
     def _each(
         self,
         texts: Sequence[str],
-        search: _Search,
+        search: Search,
         explained: bool,
         batch_size: int,
         progress: Callable[[int, int], None] | None,
@@ -152,7 +160,8 @@ class TextModel:
                 members = [int(i) for i in order[first : first + batch_size]]
                 full = [i for i in members if len(encoded[i][0]) > 1]
                 source = self._padded([encoded[i][0] for i in full])
-                for i, hypothesis in zip(full, search(self.network, source, self._most(source.shape[1])), strict=True):
+                hypotheses = search(self.network, source, self._most(source.shape[1]), start + first)
+                for i, hypothesis in zip(full, hypotheses, strict=True):
                     found[i] = self._translation(part[i], encoded[i], hypothesis, explained, search.scored)
                 for i in set(members) - set(full):
                     found[i] = Translation(part[i], "")
@@ -202,25 +211,42 @@ class TextModel:
 
 
 @dataclass(frozen=True)
-class _Search:
-    """How translations are found."""
+class Search:
+    """How translations are found: see `TextModel.translate`."""
 
-    beams: int
-    length_penalty: float
-    temperature: float | None
-    top_k: int | None
-    top_p: float
-    seed: int
+    beams: int = BEAMS
+    length_penalty: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        drawn = self.temperature is not None
+        for name, value, sound, what in (
+            ("beams", self.beams, 1 <= self.beams <= MOST_BEAMS, f"a number from 1 to {MOST_BEAMS}"),
+            ("length_penalty", self.length_penalty, 0 <= self.length_penalty <= 10, "a number from 0 to 10"),
+            ("temperature", self.temperature, self.temperature is None or 0 < self.temperature < math.inf, "above 0"),
+            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "a whole number above 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", self.seed, self.seed >= 0, "0 or a whole number above"),
+            ("top_k", self.top_k, drawn or self.top_k is None, "for translations that are drawn; give a temperature"),
+            ("top_p", self.top_p, drawn or self.top_p == 1, "for translations that are drawn; give a temperature"),
+        ):
+            if not sound:
+                raise UserError(f"{name} {value}: is {'' if what.startswith('for') else 'to be '}{what}")
 
     @property
     def scored(self) -> bool:
         return self.temperature is None
 
-    def __call__(self, network: Translator, source: Tensor, most: int) -> list[Hypothesis]:
+    def __call__(self, network: Translator, source: Tensor, most: int, number: int) -> list[Hypothesis]:
+        """One for each text of a batch, whose `number` makes it draw other tokens than its neighbours."""
         if self.temperature is None:
             found = beam_search(network, source, most, beams=self.beams, length_penalty=self.length_penalty)
             return [several[0] for several in found]
-        generator = torch.Generator(source.device).manual_seed(self.seed)
+        (state,) = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
+        generator = torch.Generator(source.device).manual_seed(int(state) >> 1)
         drawn = sample(
             network, source, most, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator
         )

@@ -67,6 +67,7 @@ RECIPES = {"translate": translate, "translate_fine_tune": translate_fine_tune}
 def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
     """The settings of a run that learns to translate; `out` is left to the caller."""
     start: dict[str, Any] = {}
+    usual: tuple[str, str] | None = None
     row = model_row(asked.model) if "model" in changes else None
     if row is not None and task_of(row) != "translate":
         raise UserError(
@@ -79,7 +80,7 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
         loaded = load_weights(asked.weights)
         if not isinstance(loaded.row, TranslatorRow):
             raise UserError(f"{asked.weights}: holds a {loaded.card.model}, which does not translate")
-        row, start = loaded.row, {"model": loaded.card.model}
+        row, start, usual = loaded.row, {"model": loaded.card.model}, loaded.card.languages
     text, sources = asked.text, asked.sources
     splits = open_text_splits(
         Path(asked.data),
@@ -88,7 +89,10 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
         seed=sources.split_seed,
         source=text.source,
         target=text.target,
+        usual=usual,
     )
+    if usual is not None and splits.train.languages == usual:
+        start["text"] = {"source": usual[0], "target": usual[1]}
     name = asked.recipe
     if name == "auto":
         name = "translate" if asked.weights is None else "translate_fine_tune"
@@ -107,8 +111,6 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
     settings["recipe"], settings["task"] = name, "translate"
     config = build_config({"out": "", **settings})
     if asked.weights is not None and row.max_length < config.text.max_length:  # its places are no more
-        config = config.model_copy(
-            update={"text": config.text.model_copy(update={"max_length": row.max_length})}
-        )
+        config = config.model_copy(update={"text": config.text.model_copy(update={"max_length": row.max_length})})
     row.changed(config.network)  # a setting that this family lacks is refused before work
     return config

@@ -35,6 +35,7 @@ class ModelCard:
     metrics: dict[str, float] = field(default_factory=dict)
     threshold: float | None = None  # from which score on a prediction should be believed
     tokenizer: str | None = None  # of a model of texts, as `saccade.tokenizer` writes it
+    languages: tuple[str, str] | None = None  # of a translator: from, into, as its training data named them
     training_data: str = ""
     licence: str = "as the training data allows"
     provenance: str = ""
@@ -61,12 +62,20 @@ class ModelCard:
                 class_names=tuple(str(name) for name in values["class_names"]),
                 preprocessing=PreprocessingConfig.model_validate(values["preprocessing"]),
                 threshold=None if values.get("threshold") is None else float(values["threshold"]),
+                languages=_pair(values.get("languages")),
                 tokenizer=None if values.get("tokenizer") is None else str(values["tokenizer"]),
                 metrics={str(k): float(v) for k, v in values.get("metrics", {}).items()},
                 **{k: str(values.get(k, "")) for k in ("training_data", "licence", "provenance", "library_version")},
             )
         except (KeyError, TypeError, AttributeError, ValueError, ValidationError) as error:
             raise UserError(f"{where}: its description is incomplete or wrong ({error!r}); get the file anew") from None
+
+
+def _pair(values: Any) -> tuple[str, str] | None:
+    if values is None:
+        return None
+    of, into = values
+    return str(of), str(into)
 
 
 def save_model(path: Path, weights: dict[str, Tensor], card: ModelCard) -> None:

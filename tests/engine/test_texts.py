@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from saccade.data.text.parallel import open_pairs
 from saccade.engine.translate import TextModel, relevance
 from saccade.errors import UserError
 from saccade.models import build_network, model_row
-from saccade.models.translator import Translator, TranslatorRow
+from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
 from saccade.predictions.translation import Translation
+from saccade.recipes import resolve
 from saccade.tokenizer import learn_tokenizer
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard, save_model
@@ -82,6 +85,32 @@ def test_drawn_translations_depend_on_the_seed(model: TextModel) -> None:
         return [each.text for each in model.translate(TEXT, temperature=1.5, seed=seed)]
 
     assert drawn(1) == drawn(1) != drawn(2)
+    many = [each.text for each in model.translate(["A dog."] * 12, temperature=1.5, batch_size=4)]
+    assert many[:4] != many[4:8] != many[8:], "each batch draws tokens of its own"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beams": 0}, "beams 0: is to be a number from 1 to 64"),
+        ({"beams": 65}, "beams 65: is to be"),
+        ({"length_penalty": -1.0}, "length_penalty -1.0: is to be"),
+        ({"temperature": 0.0}, "temperature 0.0: is to be above 0"),
+        ({"temperature": math.nan}, "temperature nan: is to be above 0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k 0: is to be"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p 1.5: is to be"),
+        ({"seed": -1}, "seed -1: is to be"),
+        ({"top_k": 5}, "top_k 5: is for translations that are drawn; give a temperature"),
+    ],
+)
+def test_impossible_searches_are_refused(model: TextModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        model.translate("A dog.", **options)
+
+
+def test_stream_warns_of_a_text_that_is_cut(model: TextModel) -> None:
+    with pytest.warns(UserWarning, match="cut after 24 of"):
+        list(model.stream("dog " * 60))
 
 
 def test_explanations(model: TextModel, tmp_path: Path) -> None:
@@ -122,8 +151,8 @@ def test_relevance_sees_what_is_copied() -> None:
         def hidden(self, source: torch.Tensor, inputs: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
             return embedded[:, :1].expand(-1, inputs.shape[1], -1)
 
-        def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-            return 3 * hidden
+        def outputs(self, hidden: torch.Tensor) -> TranslationOutputs:
+            return TranslationOutputs(3 * hidden, torch.eye(9))
 
     table = relevance(Copying(), torch.tensor([[4, 5, 6]]), torch.tensor([[1, 4]]), [4, 4])  # pyright: ignore
     np.testing.assert_allclose(table, [[1, 0, 0], [1, 0, 0]], atol=1e-6)
@@ -151,10 +180,30 @@ def test_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["predict", file, " "], "nothing to translate"),
         (["predict", file, "A dog.", "--coco", "x.json"], "is for pictures"),
         (["predict", file, "--input", tmp_path / "none.txt"], "cannot be read"),
+        (["predict", file, tmp_path / "lines.txt"], "is a file, and texts are translated as they stand"),
+        (["predict", file, "A dog.", "--stream", "--beams=2", "--json"], "does not go with --beams, --json"),
+        (["predict", file, "A dog.", "--temperature=-1"], "temperature -1.0: is to be above 0"),
         (["embed", file, tmp_path, "--out", tmp_path / "v.npz"], "translates texts"),
     ):
         assert main([str(each) for each in arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_command_draws_streams_and_says_what_did_not_end(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    device = "--device=cpu"
+    assert main(["predict", str(file), "A dog runs.", "--temperature=1", "--top-k=1", device]) == 0
+    drawn = capsys.readouterr()
+    assert main(["predict", str(file), "A dog runs.", "dog " * 60, "--stream", device]) == 0
+    streamed = capsys.readouterr()
+    assert streamed.out.splitlines()[0] == drawn.out.splitlines()[0] and len(streamed.out.splitlines()) == 2
+    assert "cut after 24 of" in streamed.err
+    (result,) = TextModel.load(file, device="cpu").translate("A dog runs.", temperature=1.0, top_k=1)
+    assert ("note: 1 translation did not end, and was cut off" in drawn.err) == result.cut
+    outputs = []
+    for flags in (["--seed=1"], ["--seed=1"], ["--seed=2"], ["--seed=2", "--top-p=0.01"]):
+        assert main(["predict", str(file), "A dog runs.", "--temperature=1.5", device, *flags]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and len({*outputs}) == 3
 
 
 def test_evaluate(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,8 +215,43 @@ def test_evaluate(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["evaluate", str(file), str(tmp_path), "--beams=2", "--device=cpu", "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     assert "2 beams" in capsys.readouterr().out
+    assert main([*arguments[:3], "--beams=100", "--device=cpu"]) == 2
+    assert "beams 100: is to be a number from 1 to 64" in capsys.readouterr().err
+    assert main([*arguments[:3], "--length-penalty=0.5", "--text.source=de", "--device=cpu"]) == 0
+    assert "4 beams, length penalty 0.5" in (shown := capsys.readouterr().out) and TEXT[2] in shown
     lines = (tmp_path / "out" / "translations.tsv").read_text().splitlines()
     assert len(lines) == 3 and json.loads((tmp_path / "out" / "metrics.json").read_text())["texts"] == 2
+
+
+def test_evaluation_knows_its_languages(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that translates from German is not given English, though that is what data without a name mean."""
+    for language, lines in (("en", TEXT[:2]), ("de", TEXT[2:])):
+        (tmp_path / f"val.{language}").write_text("\n".join(lines) + "\n")
+
+    def first(model: Path, **options: Any) -> str:
+        return saccade.evaluate(str(model), str(tmp_path), device="cpu", **options).examples[0].source
+
+    assert first(file) == TEXT[0] and first(file, languages=("de", None)) == TEXT[2]
+    network, card = load_network(file)
+    german = tmp_path / "german.safetensors"
+    save_model(german, network.state_dict(), replace(card, languages=("de", "en")))
+    assert load_network(german)[1].languages == ("de", "en")
+    assert first(german) == TEXT[2] and first(german, languages=("en", "de")) == TEXT[0]
+    settings = resolve({"data": str(tmp_path), "weights": str(german), "out": "x"})
+    assert (settings.text.source, settings.text.target) == ("de", "en")
+    swedish = tmp_path / "swedish.safetensors"
+    save_model(swedish, network.state_dict(), replace(card, languages=("sv", "en")))
+    assert first(swedish) == TEXT[0]
+    assert resolve({"data": str(tmp_path), "weights": str(swedish), "out": "x"}).text.source is None
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_of_an_evaluation_change_nothing(file: Path, tmp_path: Path, size: int) -> None:
+    for language, lines in (("en", TEXT[:2]), ("de", TEXT[2:])):
+        (tmp_path / f"val.{language}").write_text("\n".join(lines) + "\n")
+    pairs, model = open_pairs(tmp_path, None), TextModel.load(file, device="cpu")
+    report, usual = model.evaluate(pairs, batch_size=size), model.evaluate(pairs)
+    assert report.bleu == usual.bleu and report.loss == pytest.approx(usual.loss)
 
 
 def test_loss_of_an_evaluation_is_of_every_token_alike(model: TextModel, tmp_path: Path) -> None:

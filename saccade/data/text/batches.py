@@ -155,10 +155,10 @@ def eval_plan(lengths: np.ndarray, tokens: int, most: int = MOST) -> list[np.nda
 
 
 def eval_batches(
-    pairs: Pairs, encoded: EncodedPairs, tokens: int, rank: int = 0, world: int = 1
+    pairs: Pairs, encoded: EncodedPairs, tokens: int, rank: int = 0, world: int = 1, most: int = MOST
 ) -> Generator[TextBatch, None, None]:
     """`eval_plan` with the texts themselves, which translations are compared with; each process has its share."""
-    for indices in eval_plan(encoded.lengths, tokens):
+    for indices in eval_plan(encoded.lengths, tokens, most):
         own = indices[rank::world]
         batch = encoded.batch(own)
         targets = replace(

@@ -23,6 +23,7 @@ LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")
 # columns that say which is which
 SIDES = (("source", "target"), ("src", "tgt"), ("src", "trg"), ("text", "translation"))
 OF_PICTURES = {"path", "file", "file_name", "image", "label"}  # columns of tables of another kind
+Asked = tuple[str | None, str | None]  # languages: from, into
 SHOWN = 60  # characters of a line that messages quote
 
 
@@ -85,8 +86,13 @@ def holds_text(path: Path) -> bool:
     return path.is_dir() and bool(_parallel(path) or _tables(path))
 
 
-def find_pairs(path: Path, source: str | None = None, target: str | None = None) -> FoundPairs:
-    """Every split that lies there, with every fault; a UserError only where there is nothing to look at."""
+def find_pairs(
+    path: Path, source: str | None = None, target: str | None = None, usual: tuple[str, str] | None = None
+) -> FoundPairs:
+    """Every split that lies there, with every fault; a UserError only where there is nothing to look at.
+
+    `source` and `target`: which language is translated into which, as asked; else it is `usual`, where both are there.
+    """
     found = FoundPairs()
     if not path.exists():
         raise UserError(f"{path}: does not exist")
@@ -97,10 +103,10 @@ def find_pairs(path: Path, source: str | None = None, target: str | None = None)
     else:
         parallel, tables = _parallel(path), _tables(path)
     if parallel:
-        _find_parallel(path, parallel, source, target, found)
+        _find_parallel(path, parallel, (source, target), usual, found)
     elif tables:
         for name, file in tables.items():
-            _find_table(name, file, source, target, found)
+            _find_table(name, file, (source, target), usual, found)
     else:
         kinds = "NAME.en and NAME.de (also .gz), .tsv or .jsonl"
         raise UserError(f"{path}: holds no parallel text ({kinds})")
@@ -120,10 +126,11 @@ def open_text_splits(
     seed: int = 0,
     source: str | None = None,
     target: str | None = None,
+    usual: tuple[str, str] | None = None,
 ) -> TextSplits:
     """What to learn from and what to measure on: the data's own splits, `val` from elsewhere, or a part held out."""
-    found = find_pairs(path, source, target)
-    beside = find_pairs(val, source, target) if val is not None else FoundPairs()
+    found = find_pairs(path, source, target, usual)
+    beside = find_pairs(val, source, target, usual) if val is not None else FoundPairs()
     raise_problems([*found.problems, *beside.problems], str(path))
     notes = [*found.notes, *beside.notes]
     train = found.splits.get("train") or found.splits.get("all")
@@ -146,10 +153,22 @@ def open_text_splits(
     return TextSplits(train, held_out, notes)
 
 
-def open_pairs(path: Path, split: str | None, source: str | None = None, target: str | None = None) -> Pairs:
-    """One split to measure on: by name (`test` also stands for the only one that begins so), else val, else test."""
-    found = find_pairs(path, source, target)
+def open_pairs(
+    path: Path,
+    split: str | None,
+    source: str | None = None,
+    target: str | None = None,
+    usual: tuple[str, str] | None = None,
+    notes: list[str] | None = None,
+) -> Pairs:
+    """One split to measure on: by name (`test` also stands for the only one that begins so), else val, else test.
+
+    What is to be known of it is added to `notes`.
+    """
+    found = find_pairs(path, source, target, usual)
     raise_problems(found.problems, str(path))
+    if notes is not None:
+        notes += found.notes
     return _to_measure(found, path, split)
 
 
@@ -209,7 +228,7 @@ USUAL = {"ar", "cs", "de", "en", "es", "fi", "fr", "hi", "it", "ja", "ko", "nl",
 
 
 def _find_parallel(
-    folder: Path, stems: dict[str, dict[str, Path]], source: str | None, target: str | None, found: FoundPairs
+    folder: Path, stems: dict[str, dict[str, Path]], asked: Asked, usual: tuple[str, str] | None, found: FoundPairs
 ) -> None:
     languages = sorted({language for files in stems.values() for language in files})
     if len(languages) == 1:
@@ -217,7 +236,7 @@ def _find_parallel(
         what = f"only one side ({languages[0]}) is there; its translation belongs beside it, as {_beside(file)}"
         found.problems.append(Problem("one_sided", str(file), what))
         return
-    of, into, why = _direction(str(folder), languages, source, target)
+    of, into, why = _direction(str(folder), languages, asked, usual)
     if why:
         found.notes.append(f"{folder}: {of} is translated into {into} ({why}; --text.source says otherwise)")
     for stem, files in stems.items():
@@ -244,11 +263,15 @@ def _beside(file: Path) -> str:
     return f"{stem}.{'en' if suffix != '.en' else 'de'}"
 
 
-def _direction(where: str, languages: list[str], source: str | None, target: str | None) -> tuple[str, str, str]:
-    """Which language is translated into which: as asked, as the folder's name says (`en-de`), else from English."""
+def _direction(where: str, languages: list[str], asked: Asked, usual: tuple[str, str] | None) -> tuple[str, str, str]:
+    """Which language is translated into which: as asked, as usual, as the folder's name says (`en-de`), else from
+    English."""
+    source, target = asked
     for name in (source, target):
         if name is not None and name not in languages:
             raise UserError(f"{where}: no text in {name!r}; there is {', '.join(languages)}")
+    if source is None and target is None and usual is not None and {*usual} <= {*languages}:
+        return *usual, ""
     rest = [language for language in languages if language not in (source, target)]
     if source is not None and target is not None:
         return source, target, ""
@@ -359,7 +382,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
     return {str(name): text for name, text in values.items() if isinstance(text, str)}
 
 
-def _find_table(name: str, path: Path, source: str | None, target: str | None, found: FoundPairs) -> None:
+def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | None, found: FoundPairs) -> None:
     lines = _read_lines(path, found.problems)
     if lines is None:
         return
@@ -399,10 +422,10 @@ def _find_table(name: str, path: Path, source: str | None, target: str | None, f
         found.problems += faulty or [Problem("one_sided", str(path), "only one side; two columns of text are needed")]
         return
     sides = _sides(columns)
-    if source is None and target is None and sides is not None:
+    if asked == (None, None) and sides is not None:
         of, into, why = *sides, ""
     else:
-        of, into, why = _direction(str(path.parent / _stem(path)[0]), columns, source, target)
+        of, into, why = _direction(str(path.parent / _stem(path)[0]), columns, asked, usual)
     if why and not any(str(path.parent) in note for note in found.notes):
         found.notes.append(f"{path.parent}: {of} is translated into {into} ({why}; --text.source says otherwise)")
     kept = []
@@ -461,4 +484,3 @@ def _add(
     found.splits[name] = Pairs(
         name, path, languages, tuple(sources[i] for i in kept), tuple(targets[i] for i in kept), places, lines[kept]
     )
-
