@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from os import cpu_count
 from pathlib import PurePath
@@ -21,7 +21,7 @@ from rich.table import Table
 from saccade.config import DataConfig
 from saccade.data.decode import SUFFIXES, Picture, PictureError
 from saccade.data.inspect_boxes import BoxReport, box_hints, box_report, box_rows, share
-from saccade.data.source import BoxSource, LabelledSource, Problem, Source
+from saccade.data.source import BoxSource, LabelledSource, Problem, Source, faults, told
 from saccade.data.sources import Place, class_problems, find, unite_classes
 from saccade.data.sources.boxes import fit
 from saccade.words import counted
@@ -66,7 +66,7 @@ class Report:
 
     def __repr__(self) -> str:
         pictures = counted(sum(split.pictures for split in self.splits), "picture")
-        return f"<Report on {self.path}: {self.format}, {pictures}, {counted(len(self.problems), 'problem')}>"
+        return f"<Report on {self.path}: {self.format}, {pictures}, {counted(len(faults(self.problems)), 'problem')}>"
 
     @property
     def ok(self) -> bool:
@@ -79,6 +79,7 @@ class Report:
             "task": self.task,
             "ok": self.ok,
             "splits": [split.to_dict() for split in self.splits],
+            "faults": len(faults(self.problems)),  # problems of one root are one
             "problems": [vars(problem) for problem in self.problems],
             "notes": self.notes,
             "hints": self.hints,
@@ -115,16 +116,18 @@ class Report:
             console.print(f"note: {text}", markup=False, soft_wrap=True)
         for text in self.hints:
             console.print(f"hint: {text}", markup=False, soft_wrap=True)
-        by_kind: dict[str, list[Problem]] = defaultdict(list)
-        for problem in self.problems:
-            by_kind[problem.kind].append(problem)
+        by_kind: dict[str, list[list[Problem]]] = defaultdict(list)
+        found = faults(self.problems)
+        for fault in found:
+            by_kind[fault[0].kind].append(fault)
         for kind, same in by_kind.items():
             console.print(f"[bold red]{kind.replace('_', ' ')}[/bold red]: {len(same)}")
-            for problem in same[:LISTED]:
-                console.print(f"  {problem}", markup=False, soft_wrap=True)
+            for fault in same[:LISTED]:
+                for line in told(fault):
+                    console.print(f"  {line}", markup=False, soft_wrap=True)
             if len(same) > LISTED:
                 console.print(f"  ... and {len(same) - LISTED} more, all of them with --json")
-        console.print("nothing is wrong" if self.ok else counted(len(self.problems), "problem"))
+        console.print("nothing is wrong" if self.ok else counted(len(found), "problem"))
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ def inspect_data(path: Place, val: Place | None = None, config: DataConfig | Non
     learnt = sources.get("train") or sources.get("all")
     if learnt is not None:
         problems += class_problems(learnt, sources.get("val") or sources.get("test"), str(path), problems)
-    for looks in seen.values():
-        problems += [look.problem for look in looks if look.problem is not None]
+    for split, looks in seen.items():
+        problems += _of_one_root([look.problem for look in looks if look.problem is not None], split, len(looks))
     problems += _same_bytes(sources, seen)
     return Report(
         path=str(path),
@@ -169,6 +172,14 @@ def inspect_data(path: Place, val: Place | None = None, config: DataConfig | Non
         notes=notes,
         hints=_hints(sources, learnt, seen),
     )
+
+
+def _of_one_root(problems: list[Problem], split: str, pictures: int) -> list[Problem]:
+    """The same is wrong with every picture of a split, or all of the wrong ones are of one name and content."""
+    same = {(problem.kind, problem.what) for problem in problems}
+    if len(same) == 1 and len(problems) > 1 and (len(problems) == pictures or problems[0].kind == "wrong_extension"):
+        return [replace(problem, root=f"{split}: {problem.what}") for problem in problems]
+    return problems
 
 
 def _sizes(looks: list[_Seen]) -> np.ndarray:
@@ -208,6 +219,7 @@ def _same_bytes(sources: dict[str, Source], seen: dict[str, list[_Seen]]) -> lis
             if look.digest is not None and look.size is not None:
                 groups[look.digest].append((split, i))
     problems = []
+    leaks: dict[tuple[str, ...], list[Problem]] = defaultdict(list)
     for group in groups.values():
         if len(group) < 2:
             continue
@@ -225,10 +237,14 @@ def _same_bytes(sources: dict[str, Source], seen: dict[str, list[_Seen]]) -> lis
                 problems.append(Problem("duplicate", names[0], what))
         if len(by_split) > 1:
             what = f"in {' and '.join(by_split)}: the same bytes as {', '.join(others)}; keep it in one split only"
-            problems.append(Problem("leak", first, what))
+            leaks[tuple(by_split)].append(Problem("leak", first, what))
         if len(labels) > 1:
             what = f"labelled {' and '.join(labels)}: the same bytes as {', '.join(others)}; keep the right one"
             problems.append(Problem("two_labels", first, what))
+    for splits, same in leaks.items():  # a whole split that is a copy of another's part is one fault
+        whole = len(same) > 1 and len(same) == min(len(sources[split]) for split in splits)
+        root = f"{' and '.join(splits)} are the same" if whole else ""
+        problems += [replace(problem, root=root) for problem in same]
     return problems
 
 
@@ -258,7 +274,7 @@ def _hints(sources: dict[str, Source], learnt: Source | None, seen: dict[str, li
         most, least = int(counts.argmax()), int(np.where(counts > 0, counts, counts.max() + 1).argmin())
         if counts[most] > UNBALANCED * counts[least]:
             hints.append(
-                f"very unequal classes: {counts[most]} pictures of {learnt.class_names[most]}, "
+                f"very unequal classes: {counted(int(counts[most]), 'picture')} of {learnt.class_names[most]}, "
                 f"{counts[least]} of {learnt.class_names[least]}; look at the recall of each class"
             )
         few = [name for name, count in zip(learnt.class_names, counts, strict=True) if 0 < count < FEW]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from saccade.data.source import BoxSource
+from saccade.words import counted
 
 # COCO's three sizes (https://cocodataset.org/#detection-eval): areas in pixels of the picture as it is
 SMALL, LARGE = 32**2, 96**2
@@ -73,7 +74,7 @@ def box_hints(source: BoxSource, sizes: np.ndarray) -> list[str]:
     most, least = there[counts[there].argmax()], there[counts[there].argmin()]
     if counts[most] > UNBALANCED * counts[least]:
         hints.append(
-            f"very unequal classes: {counts[most]} objects of {source.class_names[most]}, "
+            f"very unequal classes: {counted(int(counts[most]), 'object')} of {source.class_names[most]}, "
             f"{counts[least]} of {source.class_names[least]}; look at the AP of each class"
         )
     few = [name for name, count in zip(source.class_names, counts, strict=True) if 0 < count < FEW]

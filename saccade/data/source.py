@@ -19,16 +19,43 @@ from saccade.errors import UserError
 class Problem:
     """Something wrong with the data: what kind, where, and what it is, with what to do about it.
 
-    One that `refuses` keeps a run from starting; without what the others are about, training does.
+    One that `refuses` keeps a run from starting; without what the others are about, training does. Problems of one
+    `root`, such as a category that is missing, are one fault.
     """
 
     kind: str
     where: str
     what: str
     refuses: bool = True
+    root: str = ""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
+
+
+def faults(problems: Iterable[Problem]) -> list[list[Problem]]:
+    """The problems of each fault, in the order of the first of each."""
+    by_root: dict[Any, list[Problem]] = {}
+    for i, problem in enumerate(problems):
+        by_root.setdefault(problem.root or i, []).append(problem)
+    return list(by_root.values())
+
+
+def told(fault: Sequence[Problem]) -> list[str]:
+    """A fault in lines: its first problem, and what else comes of the same root."""
+    first, *rest = fault
+    lines = [str(first)]
+    same = [problem.where for problem in rest if problem.kind == first.kind]
+    if same:
+        file = first.where.partition(", ")[0] + ", "
+        some = ", ".join(where.removeprefix(file) for where in list(dict.fromkeys(same))[:3])
+        often = "once" if len(same) == 1 else f"{len(same)} times"
+        lines.append(f"  the same {often} more: {some}{' ...' if len(same) > 3 else ''}")
+    others = [problem for problem in rest if problem.kind != first.kind]
+    if others:
+        more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+        lines.append(f"  and so {others[0]}{more}")
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -300,11 +327,13 @@ SPLIT_NAMES = {
 
 def raise_problems(problems: Sequence[Problem], where: str, most: int = 12) -> None:
     """One error for all of them; nothing where there are none."""
-    if not problems:
+    groups = faults(problems)
+    if not groups:
         return
     if len(problems) == 1:
         raise UserError(str(problems[0]))
-    lines = [f"\n  {problem}" for problem in problems[:most]]
-    if len(problems) > most:
-        lines.append(f"\n  ... and {len(problems) - most} more; `saccade inspect {where}` lists them all")
-    raise UserError(f"{where}: {len(problems)} things are wrong with this data{''.join(lines)}")
+    lines = [f"\n  {line}" for group in groups[:most] for line in told(group)]
+    if len(groups) > most:
+        lines.append(f"\n  ... and {len(groups) - most} more; `saccade inspect {where}` lists them all")
+    what = "one thing is" if len(groups) == 1 else f"{len(groups)} things are"
+    raise UserError(f"{where}: {what} wrong with this data{''.join(lines)}")

@@ -143,7 +143,7 @@ class DetectionReport:
         from rich.text import Text
 
         summary = _table("", "", header=False)
-        seen = f"{self.objects} objects" + (f" and {self.crowds} crowds" if self.crowds else "")
+        seen = counted(self.objects, "object") + (f" and {counted(self.crowds, 'crowd')}" if self.crowds else "")
         summary.add_row("pictures", f"{self.pictures}, with {seen}")
         summary.add_row(
             "average precision", f"{_known(self.ap)}; IoU 0.5 {_known(self.ap50)}, 0.75 {_known(self.ap75)}"

@@ -24,6 +24,7 @@ from saccade.recipes.detect import detect, detect_fine_tune
 from saccade.recipes.summary import DataSummary
 from saccade.recipes.translate import resolve_text, translate, translate_fine_tune
 from saccade.weights.load import load_weights
+from saccade.words import DOES, HOLDS
 
 FEWEST_TOKENS = 8  # a side; with fewer there is little to attend to
 LARGE_ENOUGH = 128  # pixels a side, whatever the stride
@@ -67,7 +68,7 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         start = {"preprocessing": {k: v for k, v in start["preprocessing"].items() if k in ("mean", "std")}}
         if isinstance(row, DetectorRow):
             raise UserError(
-                f"--weights {asked.weights}: holds a detector, and {asked.data} holds {TARGETS[summary.task]}; "
+                f"--weights {asked.weights}: holds a detector, and {asked.data} holds {HOLDS[summary.task]}; "
                 "give weights of a classifier or of a backbone"
             )
         row = None  # of a backbone: the detector around it is chosen by the recipe, or named
@@ -117,15 +118,12 @@ def check_from_scratch(name: str, recipe: Mapping[str, Any], changes: Mapping[st
 def check_task(row: Row, model: str, summary: DataSummary, asked: RunConfig) -> None:
     """Data, model and an explicit --task must be about the same."""
     if asked.task is not None and asked.task != summary.task:
-        raise UserError(f"--task {asked.task}: {asked.data} holds {TARGETS[summary.task]}; leave --task out")
+        raise UserError(f"--task {asked.task}: {asked.data} holds {HOLDS[summary.task]}; leave --task out")
     if task_of(row) != summary.task:
         raise UserError(
-            f"--model {model}: is to {task_of(row)}, and {asked.data} holds {TARGETS[summary.task]}; "
+            f"--model {model}: {DOES[task_of(row)]}, and {asked.data} holds {HOLDS[summary.task]}; "
             f"`saccade models --task {summary.task}` lists those that fit"
         )
-
-
-TARGETS = {"classify": "a class for each picture", "detect": "boxes around things"}
 
 
 def choose_recipe(asked: RunConfig, summary: DataSummary) -> str:
@@ -135,7 +133,7 @@ def choose_recipe(asked: RunConfig, summary: DataSummary) -> str:
         fitting = tuple(dict.fromkeys(USUAL[summary.task]))
         if asked.recipe not in fitting:
             raise UserError(
-                f"--recipe {asked.recipe}: is not for data like {asked.data}, which holds {TARGETS[summary.task]}; use "
+                f"--recipe {asked.recipe}: is not for data like {asked.data}, which holds {HOLDS[summary.task]}; use "
                 f"{', '.join(fitting)}, or leave --recipe out"
             )
         return asked.recipe

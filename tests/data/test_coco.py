@@ -248,7 +248,7 @@ def test_what_is_not_coco(folder, coco_set, tmp_path):
     assert detect_format(lines) == "table"
     with pytest.raises(UserError, match="train.json: no COCO file"):
         open_splits(root / "train.json")
-    with pytest.raises(UserError, match="to detect, but .* is to classify"):
+    with pytest.raises(UserError, match="holds boxes around things, but .* a class for each picture"):
         open_splits(root, val=coco_set.write())
 
 

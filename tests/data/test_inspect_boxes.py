@@ -20,7 +20,7 @@ from saccade.config import DataConfig
 from saccade.data.inspect import inspect_data
 from saccade.data.inspect_boxes import box_hints
 from saccade.data.loader import measure_sizes
-from saccade.data.source import BoxSource
+from saccade.data.source import BoxSource, faults
 from saccade.data.sources import find, fit_to_pictures, open_splits
 from saccade.data.sources.boxes import DROPPED
 from saccade.errors import UserError
@@ -237,6 +237,41 @@ def test_one_broken_file_beside_pictures_is_named(coco_set, text):
     with pytest.raises(UserError, match=r"train\.json: .*(cut off|not valid JSON)"):
         open_splits(root)
     assert [(p.kind, Path(p.where).name) for p in inspect_data(root).problems] == [("bad_json", "train.json")]
+
+
+def category_is_gone(c: Any) -> None:
+    c.train["categories"] = [one for one in c.train["categories"] if one["name"] != "cat"]
+
+
+ROOTS: list[tuple[str, Callable[[Any], object], str, int, str]] = [
+    # what, how, the kind it is said as, problems, what is said of the others
+    ("a category that is gone", category_is_gone, "unknown_category", 4, "the same 3 times more: annotation"),
+    ("a picture that is gone", lambda c: c.train["images"].pop(0), "unknown_image", 4, "the same 3 times more"),
+    ("one id for all", lambda c: [one.update(id=1) for one in c.train["annotations"]], "duplicate_annotation_id", 10,
+     "the same 9 times more: annotation 1 ..."),
+    ("no box at all", lambda c: [one.pop("bbox") for one in c.train["annotations"]], "no_box", 12, "and so "),
+    ("pictures by other numbers", lambda c: [one.update(image_id=9000 + one["image_id"])
+     for one in c.train["annotations"]], "unknown_image", 12, "and so "),
+    ("no area anywhere", all_boxes(lambda box, _: [*box[:2], 0, 0]), "degenerate", 12, "and so "),
+    ("a folder that is gone", lambda c: [one.update(file_name="gone/y" + one["file_name"])
+     for one in c.train["images"][:2]], "missing_file", 2, "the same once more: image"),
+    ("boxes of another size", lambda c: c.train["images"][1].update(width=640, height=470) or
+     boxed(113, 5, 5, 600, 400)(c), "wrong_size", 2, "and so "),
+    ("pictures that are none", lambda c: [(c.pictures / n).write_bytes(b"text") for n in ("e.jpg", "f.jpg")],
+     "unreadable", 2, "the same once more"),
+    ("a split twice", lambda c: c.files.update(val=json.dumps(c.train)), "leak", 4, "the same 3 times more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root[0])
+def test_one_root_is_one_fault(root, coco_set):
+    _, plant, kind, problems, said = root
+    plant(coco_set)
+    report = inspect_data(coco_set.write())
+    text = rendered(report)
+    assert len(report.problems) == problems and report.problems[0].kind == kind, "\n".join(map(str, report.problems))
+    assert len(faults(report.problems)) == report.to_dict()["faults"] == 1
+    assert f"{kind.replace('_', ' ')}: 1\n" in text and "\n1 problem\n" in text and said in text
 
 
 def test_broken_files_that_are_no_split_do_not_matter(coco_set):

@@ -28,7 +28,7 @@ def test_everything_of_a_healthy_set(voc_set, things, contents):
     train = splits.train
     assert isinstance(train, BoxSource) and train.class_names == splits.val.class_names == ("bird", "cat", "dog")
     assert contents(train) == same_as(things, "train") and contents(splits.val) == same_as(things, "val")
-    assert splits.notes == [f"{voc_set}: 1 objects are marked difficult, so neither learnt nor counted as missed"]
+    assert splits.notes == [f"{voc_set}: 1 object is marked difficult, so neither learnt nor counted as missed"]
     assert train.place(1, 5) == f"{voc_set / 'Annotations' / 'b.xml'}, object 2"
     assert train.declared.tolist() == [[60, 80], [48, 64], [72, 54], [60, 60]]
     assert contents(open_source(voc_set, "val")) == contents(splits.val)

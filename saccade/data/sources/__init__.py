@@ -15,6 +15,7 @@ from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem, Source, 
 from saccade.data.sources import boxes, coco, hf_dataset, image_folder, table, voc, webdataset, yolo
 from saccade.data.sources.image_folder import find_pictures, near_names, open_pictures
 from saccade.errors import UserError
+from saccade.words import HOLDS, counted
 
 __all__ = [
     "Splits",
@@ -144,7 +145,7 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
     if val is not None:
         beside = find(val)
         if beside.task != found.task:
-            raise UserError(f"{val}: data to {beside.task}, but {path} is to {found.task}; give both of one kind")
+            raise UserError(f"{val}: holds {HOLDS[beside.task]}, but {path} {HOLDS[found.task]}; give both of one kind")
         problems += beside.problems
         notes += beside.notes
         held_out = _only_split(beside, str(val))
@@ -165,7 +166,8 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
         if not len(held_out):
             few = "one picture" if found.task == "detect" else "one picture a class"
             raise UserError(f"{path}: {few} is too few to hold any out; add some, or use --val")
-        notes.append(f"{path}: no val split, {len(held_out)} of {len(train) + len(held_out)} pictures are held out")
+        out, all_of_them = len(held_out), len(train) + len(held_out)
+        notes.append(f"{path}: no val split, {out} of {all_of_them} pictures {'is' if out == 1 else 'are'} held out")
     what = "objects" if isinstance(train, BoxSource) else "pictures"
     for source, use in ((train, "learn from"), (held_out, "measure on")):
         empty = [name for name, count in zip(class_names, source.counts(), strict=True) if count == 0]
@@ -242,11 +244,13 @@ def _box_problems(train: BoxSource, val: Source | None, known: Sequence[Problem]
     if any(problem.refuses for problem in known):
         return []  # of which this may be a consequence
     problems = []
+    roots = {problem.root for problem in known}
+    root = roots.pop() if len(roots) == 1 else ""  # of which this is a consequence
     for source, use in ((train, "to learn from"), (val, "to measure on")):
         if isinstance(source, BoxSource) and source.crowd.all():  # also where there is nothing
-            left = f" after what is left out ({len(known)} faults)" if known else ""
+            left = f" after what is left out ({counted(len(known), 'fault')})" if known else ""
             what = f"no objects {use}{left}; annotate some"
-            problems.append(Problem("no_objects", str(source.path), what))
+            problems.append(Problem("no_objects", str(source.path), what, root=root))
     return problems
 
 

@@ -6,7 +6,7 @@ many of a kind there are. What can be understood in two ways, or leaves nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,8 +134,9 @@ def build(stated: Annotations, found: Found) -> BoxSource:
         for k in np.flatnonzero(which).tolist():
             i, (left, top, right, bottom) = int(picture[k]), boxes[k].tolist()
             box = f"{right - left:g} x {bottom - top:g} pixels at ({left:g}, {top:g}) in {Path(source.files[i]).name}"
-            problem = Problem(kind, source.place(i, k), f"{box}: {what}; draw it anew or remove it", refuses=False)
-            found.problems.append(problem)
+            said = f"{box}: {what}; draw it anew or remove it"
+            root = f"{stated.path}, all boxes" if which.all() and len(which) > 1 else ""
+            found.problems.append(Problem(kind, source.place(i, k), said, refuses=False, root=root))
 
     negative = finite & np.any(side < 0, axis=1)
     flat = finite & ~negative & np.any(side < FLAT, axis=1)
@@ -180,7 +181,9 @@ def _overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return out.max(axis=1)
 
 
-def _within(source: BoxSource, sizes: np.ndarray, problems: list[Problem]) -> BoxSource:
+def _within(
+    source: BoxSource, sizes: np.ndarray, problems: list[Problem], roots: Mapping[int, str] | None = None
+) -> BoxSource:
     """Clips boxes to the sizes (N, 2) of their pictures where those are known, and drops what is left outside."""
     pictures = source.pictures()
     limits = sizes[pictures]
@@ -201,9 +204,10 @@ def _within(source: BoxSource, sizes: np.ndarray, problems: list[Problem]) -> Bo
         for k in np.flatnonzero(which).tolist():
             i = int(pictures[k])
             h, w = sizes[i].tolist()
-            where = "lies outside" if kind == "outside" else f"leaves by {over[k]:g} pixels"
-            what = f"the box {_written(source.boxes[k])} {where} {Path(source.files[i]).name} of {w} x {h}; correct it"
-            problems.append(Problem(kind, source.place(i, k), what, refuses=False))
+            does, by = ("lies outside", "") if kind == "outside" else ("leaves", f" by {over[k]:g} pixels")
+            picture = f"{Path(source.files[i]).name} of {w} x {h}"
+            what = f"the box {_written(source.boxes[k])} {does} {picture}{by}; correct it"
+            problems.append(Problem(kind, source.place(i, k), what, refuses=False, root=(roots or {}).get(i, "")))
     share = np.divide(side.prod(axis=1), before.prod(axis=1), out=np.ones(len(side), np.float32), where=touched)
     source = replace(source, boxes=clipped, area=(source.area * share).astype(np.float32))
     return source.keep(~outside)
@@ -252,11 +256,13 @@ def missing_sizes(files: Sequence[str], declared: np.ndarray, annotated: Sequenc
     remedy = "the picture's own is taken; state width and height, by which a changed picture is noticed"
     if len(annotated) == 1 and len(without) == len(files) > 1:
         return [Problem("no_size", annotated[0], f"no sizes of any picture; {remedy}", refuses=False)]
-    problems = []
-    for i in without:
-        where = picture_place(files[i], annotated, i)
-        problems.append(Problem("no_size", where, f"no size of the picture; {remedy}", refuses=False))
-    return problems
+    root = f"{files[0]} and others: no sizes" if len(without) == len(files) > 1 else ""
+    return [
+        Problem(
+            "no_size", picture_place(files[i], annotated, i), f"no size of the picture; {remedy}", False, root
+        )
+        for i in without
+    ]
 
 
 def fit(source: BoxSource, sizes: np.ndarray) -> tuple[BoxSource, list[Problem]]:
@@ -298,6 +304,7 @@ def fit(source: BoxSource, sizes: np.ndarray) -> tuple[BoxSource, list[Problem]]
             boxes[inside] *= np.concatenate([factors, factors], axis=1).astype(np.float32)
             area[inside] *= factors.prod(axis=1).astype(np.float32)
             done |= dict.fromkeys(np.flatnonzero(group).tolist(), "scaled")
+    roots: dict[int, str] = {}  # of what is wrong with the boxes of a picture
     for i in np.flatnonzero(differs).tolist():
         (stated_h, stated_w), (true_h, true_w) = declared[i].tolist(), sizes[i].tolist()
         where = picture_place(source.files[i], source.annotated, i)
@@ -307,9 +314,10 @@ def fit(source: BoxSource, sizes: np.ndarray) -> tuple[BoxSource, list[Problem]]
             problems.append(Problem("turned", where, text, refuses=False))
             continue
         scaled = "its boxes are scaled to it" if i in done else "its boxes are taken as they are"
-        problems.append(Problem("wrong_size", where, f"{what}; {scaled}; correct the size", refuses=False))
+        roots[i] = f"{source.path}: {stated_w} x {stated_h} stated of {true_w} x {true_h}"
+        problems.append(Problem("wrong_size", where, f"{what}; {scaled}; correct the size", False, roots[i]))
     source = replace(source, boxes=boxes, area=area, declared=np.where(known[:, None], sizes, declared))
-    return _within(source, np.where(known[:, None], sizes, 0), problems), problems
+    return _within(source, np.where(known[:, None], sizes, 0), problems, roots), problems
 
 
 def _orientation(file: str) -> int:

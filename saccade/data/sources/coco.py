@@ -302,10 +302,11 @@ def _read_annotations(file: _File, entries: list[Any], found: Found) -> None:
         [n if type(n) is int and 0 <= n < 1 << 62 else -1 - k for k, n in zip(rows, numbers, strict=True)], np.int64
     )
 
-    def report(kind: str, j: int, what: str) -> None:
+    def report(kind: str, j: int, what: str, root: str = "") -> None:
         number = int(ids[j])
         name = f"annotation {number}" if number >= 0 else f"annotations[{rows[j]}]"
-        found.problems.append(Problem(kind, f"{file.path}, {name}", what, refuses=False))
+        root = f"{file.path}, {root}" if root else ""
+        found.problems.append(Problem(kind, f"{file.path}, {name}", what, refuses=False, root=root))
 
     order = np.argsort(ids, kind="stable")
     for j in order[1:][ids[order[1:]] == ids[order[:-1]]].tolist():
@@ -313,23 +314,26 @@ def _read_annotations(file: _File, entries: list[Any], found: Found) -> None:
             "duplicate_annotation_id",
             j,
             f"annotations[{rows[j]}] has the id of another; both are kept, number them anew",
+            f"annotations of the id {ids[j]}",
         )
     picture = np.array([_look_up(file.same, entry.get("image_id")) for entry in chosen], np.int64)
     if file.files:  # else it has been said
         for j in np.flatnonzero(picture < 0).tolist():
             what = f"its image_id is {chosen[j].get('image_id')!r}, and no image has that id; correct or remove it"
-            report("unknown_image", j, what)
+            root = f"image {chosen[j].get('image_id')!r}" if (picture >= 0).any() else "all annotations"
+            report("unknown_image", j, what, root)
     category = [entry.get("category_id") for entry in chosen]
     known = np.array([_is_id(number) and _key(file.names, number) is not None for number in category], np.bool_)
     if file.names:
         for j in np.flatnonzero(~known & (picture >= 0)).tolist():
             what = f"its category_id is {category[j]!r}, and no category has that id; add the category or correct it"
-            report("unknown_category", j, what)
+            report("unknown_category", j, what, f"category {category[j]!r}")
     sound = known & (picture >= 0)
     boxes, faults = _numbers([entry.get("bbox") for entry in chosen])
+    all_alike = len(faults) == len(chosen) > 1 and len({kind for kind, _ in faults.values()}) == 1
     for j, (kind, what) in faults.items():
         if sound[j]:
-            report(kind, j, what)
+            report(kind, j, what, "all boxes" if all_alike else "")
         sound[j] = False
     area = np.array([_area(entry.get("area")) for entry in chosen], np.float64)
     for j in np.flatnonzero(sound & (area < 0)).tolist():
@@ -430,9 +434,13 @@ def _source(
         what = f"none of its {len(paths)} pictures exists, such as {file.files[0]}; they were looked for in {looked}"
         found.problems.append(Problem("no_pictures", str(file.path), what))
     else:
+        folders = {file.files[i].rpartition("/")[0] for i in np.flatnonzero(there).tolist()}
         for i in np.flatnonzero(~there).tolist():
             what = f"{file.files[i]} does not exist in {finder.folders[0]}; add it, or remove it from the list"
-            found.problems.append(Problem("missing_file", f"{file.path}, image {file.image_ids[i]}", what, False))
+            folder = file.files[i].rpartition("/")[0]
+            gone = f"{file.path}, folder {folder}" if folder and folder not in folders else ""
+            place = f"{file.path}, image {file.image_ids[i]}"
+            found.problems.append(Problem("missing_file", place, what, refuses=False, root=gone))
     moved = np.where(there, np.cumsum(there) - 1, -1)
     picture = moved[file.picture] if len(file.picture) else file.picture
     kept = np.flatnonzero(picture >= 0)

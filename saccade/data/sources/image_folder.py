@@ -12,6 +12,7 @@ from saccade.config import closest
 from saccade.data.decode import SUFFIXES
 from saccade.data.source import SPLIT_NAMES, FileSource, Found, Problem, sort_names
 from saccade.errors import UserError
+from saccade.words import counted
 
 
 def find(path: Path) -> Found:
@@ -50,7 +51,8 @@ def _read_classes(path: Path, found: Found) -> FileSource:
             found.notes.append(f"{folder}: left out what is not a picture by its name: {_some(others)}")
     loose, others = walk_pictures(path, deep=False)
     if loose and folders:
-        found.notes.append(f"{path}: left out {len(loose)} pictures that lie in no class folder: {_some(loose)}")
+        lie = f"{counted(len(loose), 'picture')} that {'lies' if len(loose) == 1 else 'lie'} in no class folder"
+        found.notes.append(f"{path}: left out {lie}: {_some(loose)}")
     if not files:
         found.problems.append(Problem("no_pictures", str(path), _why_empty(folders, loose, others)))
     class_names = sort_names(folder.name for folder in folders)

@@ -20,6 +20,7 @@ from saccade.data.decode import SUFFIXES
 from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem, sort_names
 from saccade.data.sources.boxes import Annotations, build, missing_sizes
 from saccade.data.sources.listing import Listing, plain_name
+from saccade.words import counted
 
 ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "xml", "xmls")
 PICTURE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
@@ -164,7 +165,8 @@ def find(path: Path, by_split: dict[str, list[_Unit]]) -> Found:
         found.notes.append(f"{path}: coordinates are taken as edges counted from 0, not as VOC's pixels counted from 1")
     difficult = sum(sum(split.difficult) for split in read.values())
     if difficult:
-        found.notes.append(f"{path}: {difficult} objects are marked difficult, so neither learnt nor counted as missed")
+        marked = f"{counted(difficult, 'object')} {'is' if difficult == 1 else 'are'} marked difficult"
+        found.notes.append(f"{path}: {marked}, so neither learnt nor counted as missed")
     for name in [name for name in SPLIT_ORDER if name in read]:
         found.splits[name] = _source(read[name], name, path, class_names, from_one, found)
     return found

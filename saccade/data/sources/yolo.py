@@ -326,8 +326,9 @@ def _read_text(text: str, i: int, split: _Split, names: dict[int, str], keypoint
         found.problems.append(Problem("bad_label_file", text, what, False))
         return False
 
-    def report(kind: str, what: str) -> None:
-        found.problems.append(Problem(kind, f"{text}:{number}", what, refuses=False))
+    def report(kind: str, what: str, root: str = "") -> None:
+        root = f"{os.path.dirname(text)}: {root}" if root else ""
+        found.problems.append(Problem(kind, f"{text}:{number}", what, refuses=False, root=root))
 
     for number, line in enumerate(lines, 1):
         fields = line.split()
@@ -345,12 +346,13 @@ def _read_text(text: str, i: int, split: _Split, names: dict[int, str], keypoint
         if not math.isfinite(values[0]) or values[0] != int(values[0]) or int(values[0]) not in names:
             if names:  # else that has been said
                 known = f"the names are of {min(names)} to {max(names)}"
-                report("unknown_category", f"class {fields[0]}, but {known}; correct it, or add its name")
+                what = f"class {fields[0]}, but {known}; correct it, or add its name"
+                report("unknown_category", what, f"class {fields[0]}")
             continue
         places = values[1:] if outline else values[1:5]
         if any(abs(value) > FAR for value in places if math.isfinite(value)):
             what = "numbers are in pixels, not in fractions of the picture; divide by its width and height"
-            report("not_fractions", what)
+            report("not_fractions", what, "pixels")
             continue
         if outline:
             xs, ys = places[0::2], places[1::2]
