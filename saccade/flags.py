@@ -100,3 +100,28 @@ def spread(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"settings: {name} is {value!r}, and {path} is {given[inner]!r}; give one of both")
         changes[branch] = {**given, inner: value}
     return changes
+
+
+# --- kinds of values -------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value

@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"backbones", "models", "catalog", "data", "weights", "tasks", "engine"},
     "demo": {"*"},
     "api": {"*"},
+    "cli_texts": {"flags", "data", "engine"},
     "cli": {"*"},
     "__init__": {"*"},
     "__main__": {"cli"},
