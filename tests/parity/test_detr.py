@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import randomise
+from compare import error_of, last_bits, no_further_off, randomise
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -84,9 +84,15 @@ def save(theirs: FileNamed, folder: Path) -> None:
 
 
 def agree(
-    form: Format, row: DETRConfig, size: tuple[int, int], dtype: torch.dtype, targets: BoxTargets, classes: int
+    form: Format,
+    row: DETRConfig,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    targets: BoxTargets,
+    classes: int,
+    bits: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the gradients of both, under our names."""
+    """Returns the gradients of both, under our names. `bits`: see `last_bits`."""
     ours, theirs = pair(form, row, classes)
     rules, peer = form.rules(row, classes), form.peer
     assert isinstance(peer, DetectorPeer)
@@ -95,7 +101,8 @@ def agree(
     ours.load_state_dict(read_state(theirs.state_dict(), rules, form.ignored, "theirs"), strict=True)
     torch.manual_seed(1)
     pictures = int(targets.picture.max()) + 2 if len(targets.picture) else 2  # the last has no things
-    images = torch.randn(pictures, 3, *size).to(dtype)
+    images = torch.randn(pictures, 3, *size)
+    images = (images if bits is None else last_bits(images, bits)).to(dtype)
     got = judge_ours(row, targets)(ours(images))
     expected = judge_theirs(theirs, peer, targets)(peer.outputs(theirs, images))
     assert expected.logits.std() > 0.1, "a reference without contrast proves nothing"
@@ -160,18 +167,13 @@ def test_full_size(name):
     """
     row = DETECTORS[name]
     assert isinstance(row, DETRConfig)
-    found = {}
-    for dtype in (DOUBLE, SINGLE):
-        found[dtype] = agree(TIMM_NAMED, row, (160, 224), dtype, made_up_targets(2, 91, dtype), 91)
-    exact = found[DOUBLE][1]
 
-    def error(gradients: dict[str, Tensor]) -> float:
-        off = sum(float((gradients[n].double() - g).square().sum()) for n, g in exact.items())
-        return (off / sum(float(g.square().sum()) for g in exact.values())) ** 0.5
+    def gradients(dtype: torch.dtype, bits: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return agree(TIMM_NAMED, row, (160, 224), dtype, made_up_targets(2, 91, dtype), 91, bits)
 
-    own, foreign = (error(each) for each in found[SINGLE])
-    print(f"error of float32 gradients: ours {own:.1e}, theirs {foreign:.1e}")
-    assert own <= 1.5 * foreign
+    exact = gradients(DOUBLE)[1]
+    own, foreign = (error_of(each, exact) for each in gradients(SINGLE))
+    no_further_off(own, foreign, lambda k: error_of(gradients(SINGLE, k)[1], exact))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
