@@ -148,6 +148,11 @@ def test_what_needs_weights_is_refused_without(
     assert code == 2 and said in err and ("--weights" in err or "use small_from_scratch" in err)
 
 
+def test_settings_of_texts_are_refused_for_pictures(pictures: Path, run: Callable[..., Any]) -> None:
+    code, _, err = run("train", pictures, "--text.max-length=9", "--decoding.beams=2", "--steps=1", "--device=cpu")
+    assert code == 2 and "--text.max-length, --decoding.beams: are for texts" in err and "leave them out" in err
+
+
 def test_help_lists_every_command(run: Callable[..., Any]) -> None:
     for arguments in ((), ("--help",)):
         code, out, _ = run(*arguments)

@@ -22,7 +22,7 @@ from saccade.models.detector import DetectorRow
 from saccade.recipes.classify import fine_tune, large, linear_probe, small_from_scratch
 from saccade.recipes.detect import detect, detect_fine_tune
 from saccade.recipes.summary import DataSummary
-from saccade.recipes.translate import resolve_text, translate, translate_fine_tune
+from saccade.recipes.translate import refuse_settings, resolve_text, translate, translate_fine_tune
 from saccade.weights.load import load_weights
 from saccade.words import DOES, HOLDS
 
@@ -63,6 +63,7 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         row = loaded.row
         start = {"model": loaded.card.model, "preprocessing": loaded.card.preprocessing.model_dump(mode="json")}
     summary = summarise(asked)
+    refuse_settings(changes, ("text", "decoding"), "texts", f"{asked.data} holds {HOLDS[summary.task]}")
     name = choose_recipe(asked, summary)
     if row is not None and task_of(row) != summary.task:
         start = {"preprocessing": {k: v for k, v in start["preprocessing"].items() if k in ("mean", "std")}}

@@ -61,11 +61,24 @@ def translate_fine_tune(data: DataSummary) -> dict[str, Any]:
     return {**values, "lr": 1e-4, "network": {}, "schedule": {"warmup": 0.1}, "epochs": 5}
 
 
+def refuse_settings(changes: Mapping[str, Any], branches: tuple[str, ...], are_for: str, but: str) -> None:
+    """Settings that would change nothing are refused, rather than let anyone believe that they did."""
+    given = [f"--{branch}.{name}".replace("_", "-") for branch in branches for name in changes.get(branch) or ()]
+    if given:
+        are, them = ("is", "it") if len(given) == 1 else ("are", "them")
+        raise UserError(f"{', '.join(given)}: {are} for {are_for}, and {but}; leave {them} out")
+
+
 RECIPES = {"translate": translate, "translate_fine_tune": translate_fine_tune}
 
 
 def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
     """The settings of a run that learns to translate; `out` is left to the caller."""
+    if "batch_size" in changes:
+        raise UserError(
+            f"--batch-size {asked.batch_size}: batches of texts are bounded by their tokens; use --text.batch-tokens"
+        )
+    refuse_settings(changes, ("preprocessing", "augment"), "pictures", f"{asked.data} holds texts")
     start: dict[str, Any] = {}
     usual: tuple[str, str] | None = None
     row = model_row(asked.model) if "model" in changes else None

@@ -150,6 +150,9 @@ def test_task_and_recipe_come_from_the_data(texts: Path, tmp_path: Path) -> None
         ({"network": {"registers": 2}}, "no such setting"),
         ({"recipe": "linear_probe"}, "none for texts"),
         ({"text": {"source": "fr"}}, "no text in 'fr'"),
+        ({"batch_size": 32}, "--batch-size 32: batches of texts are bounded by their tokens; use --text.batch-tokens"),
+        ({"preprocessing": {"image_size": 64}}, "--preprocessing.image-size: is for pictures, and .* leave it out"),
+        ({"augment": {"hflip": 0, "vflip": 1}}, "--augment.hflip, --augment.vflip: are for pictures"),
     ):
         with pytest.raises(UserError, match=message):
             resolve({"data": str(texts), "out": str(tmp_path), **changes})
