@@ -25,6 +25,7 @@ from saccade.metrics.detection_report import DetectionReport
 from saccade.metrics.translation import TranslationReport
 from saccade.predictions.mistakes_sheet import Compared, mistakes_sheet
 from saccade.recipes import resolve
+from saccade.words import DOES, HOLDS, counted
 
 
 def train(
@@ -70,8 +71,8 @@ def evaluate(
             raise UserError(f"--{name} {value}: is for translating, and {model} is a model of pictures")
     source = open_source(Path(data), split)
     if isinstance(source, BoxSource) != (loaded.task.name == "detect"):
-        found = "boxes around things" if isinstance(source, BoxSource) else "a class for each picture"
-        raise UserError(f"{data}: holds {found}, and {model} is to {loaded.task.name}; give data of its kind")
+        found = HOLDS["detect" if isinstance(source, BoxSource) else "classify"]
+        raise UserError(f"{data}: holds {found}, and {model} {DOES[loaded.task.name]}; give data of its kind")
     source = with_class_names(source, loaded.class_names, str(model))
     config = DataConfig()
     sizes = measure_sizes(source, config)
@@ -101,7 +102,8 @@ def evaluate(
         loaded.network, batches, task, inputs, loaded.device, loaded.precision, World(), count, failed
     )
     if failed and unreadable is None:
-        warnings.warn(f"{len(failed)} pictures could not be read and do not count:\n" + "\n".join(failed), stacklevel=3)
+        what = f"{counted(len(failed), 'picture')} could not be read; the report is without them"
+        warnings.warn(f"{what}:\n" + "\n".join(failed), stacklevel=3)
     return report
 
 
@@ -151,8 +153,9 @@ def with_class_names(source: Source, class_names: tuple[str, ...], model: str) -
     """The same source with labels in the model's order. Classes that the model does not know are a UserError."""
     unknown = [name for name in source.class_names if name not in class_names]
     if unknown:
+        many = "1 class is" if len(unknown) == 1 else f"{len(unknown)} classes are"
         raise UserError(
-            f"{source.path}: {len(unknown)} classes are unknown to {model}: {', '.join(unknown[:10])}; "
+            f"{source.path}: {many} unknown to {model}: {', '.join(unknown[:10])}; "
             f"it knows {', '.join(class_names[:10])}{' ...' if len(class_names) > 10 else ''}. "
             "Rename them in the data, or train on this data"
         )

@@ -348,7 +348,7 @@ def test_evaluate_says_what_it_leaves_out(run: Callable[..., Any], trained: Path
     code, out, err = run("evaluate", trained, data / "val", "--json", "--device=cpu")
     assert code == 0 and isinstance(json.loads(out), dict)
     assert err.count("left out: ") == 1 and "0.png" in err
-    with pytest.warns(UserWarning, match="1 pictures could not be read and do not count"):
+    with pytest.warns(UserWarning, match="1 picture could not be read; the report is without"):
         saccade.evaluate(str(trained), str(data / "val"), device="cpu")
 
 

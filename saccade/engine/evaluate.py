@@ -15,6 +15,7 @@ from saccade.engine import distributed
 from saccade.engine.device import autocast
 from saccade.engine.distributed import World
 from saccade.errors import UserError
+from saccade.words import counted
 
 
 class Normalise:
@@ -76,7 +77,8 @@ def evaluate_batches(
             metric.merge(state)
     failed = [what for _, part, _ in parts for what in part]
     if failed and not any(count for _, _, count in parts):
-        raise UserError(f"there is nothing to evaluate: none of {len(failed)} pictures can be read ({failed[0]})")
+        what = counted(len(failed), "picture")
+        raise UserError(f"there is nothing to evaluate: none of {what} can be read ({failed[0]})")
     if unreadable is not None:
         unreadable += failed
     return metric.compute()

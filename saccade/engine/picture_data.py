@@ -18,6 +18,7 @@ from saccade.engine.evaluate import Normalise, PictureInputs
 from saccade.engine.plan import data_hash
 from saccade.tasks import PictureTask, Task
 from saccade.tokenizer import Tokenizer
+from saccade.words import counted
 
 
 def unmeasured(what: str) -> str:
@@ -49,12 +50,12 @@ class PictureData:
 
     @property
     def about(self) -> str:
-        classes = f"{len(self)} pictures of {len(self.class_names)} classes"
-        return f"{classes}, {len(self.splits.val)} for validation"
+        classes = counted(len(self.class_names), "class", "classes")
+        return f"{counted(len(self), 'picture')} of {classes}, {len(self.splits.val)} for validation"
 
     @property
     def about_steps(self) -> str:
-        return f"{self.config.batch_size} pictures, about {self.config.preprocessing.image_size} px"
+        return f"{counted(self.config.batch_size, 'picture')}, about {self.config.preprocessing.image_size} px"
 
     @property
     def batches_per_epoch(self) -> int:

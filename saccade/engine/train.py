@@ -525,7 +525,7 @@ def announce(table: RunTable, session: Session, plan: Plan, first_step: int) -> 
     table.say(
         f"{'continuing at step ' + str(first_step) + ': ' if first_step else ''}{config.model} "
         f"({parameters / 1e6:.1f} M parameters, {plan.precision}) on {data.about}; "
-        f"{plan.total_steps} steps of {data.about_steps}; folder {config.out}"
+        f"{counted(plan.total_steps, 'step')} of {data.about_steps}; folder {config.out}"
     )
     for note in data.notes:
         table.say(f"note: {note}")
