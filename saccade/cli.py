@@ -392,10 +392,11 @@ def run_embed(options: argparse.Namespace) -> int:
         print(json.dumps({**vars(result), "path": str(result.path)}))
     else:
         done = "finished already: " if result.finished_before else ""
-        print(f"{done}{result.count} pictures, {result.channels} numbers each, in {result.path}")
+        print(f"{done}{counted(result.count, 'picture')}, {result.channels} numbers each, in {result.path}")
     if result.unreadable:
         listed = "".join(f"\n  {line}" for line in result.unreadable)
-        raise UserError(f"{len(result.unreadable)} pictures could not be read; the others are done:{listed}")
+        what = counted(len(result.unreadable), "picture")
+        raise UserError(f"{what} could not be read; the others are done:{listed}")
     return 0
 
 
