@@ -21,7 +21,7 @@ from saccade.models.detector import Detector, DetectorRow
 from saccade.models.translator import Translator, TranslatorRow
 from saccade.verification.compare import DTYPES, Network, load_reference
 from saccade.weights.formats import FORMATS
-from saccade.weights.formats.table import Format, Rule, State, read_state, write_state
+from saccade.weights.formats.table import Format, NoWords, Rule, State, read_state, write_state
 from saccade.weights.load import is_ours, load_weights
 
 
@@ -121,8 +121,7 @@ def _write_for_reference(row: Row, classes: int, ours: State) -> tuple[Format, d
             try:
                 form.write_config(row, classes)
                 return form, write_state(ours, form.rules(row, classes))
-            # a row that this dialect has no words for
-            except (UserError, KeyError, ValueError, AssertionError, NotImplementedError):
+            except NoWords:
                 continue
     return None
 

@@ -20,9 +20,9 @@ from saccade.errors import UserError
 from saccade.models import read_row
 from saccade.tokenizer import MarianTokenizer, read_tokenizer
 from saccade.weights.convert import describe_network, import_weights
-from saccade.weights.descriptions import write_preprocessor, write_pretrained_cfg
+from saccade.weights.descriptions import bounds, write_preprocessor, write_pretrained_cfg
 from saccade.weights.formats import FORMATS
-from saccade.weights.formats.table import Format, write_state
+from saccade.weights.formats.table import Format, NoWords, write_state
 from saccade.weights.load import is_ours, load_weights
 from saccade.weights.model_file import ModelCard, check_weights, read_metadata, save_model, sync_folder
 from saccade.weights.source import open_weights
@@ -105,7 +105,9 @@ def convert(
     if to == "saccade":
         save_model(out, weights, card)
     else:
-        write_folder(out, export_weights(card, weights, DIALECTS[to], str(source)))
+        files = export_weights(card, weights, DIALECTS[to], str(source))
+        notes = [*notes, *_about_sizes(files, card)]
+        write_folder(out, files)
     return Conversion(
         source=str(source),
         out=str(out),
@@ -122,6 +124,15 @@ def convert(
         provenance=card.provenance,
         notes=tuple(notes),
     )
+
+
+def _about_sizes(files: Mapping[str, bytes], card: ModelCard) -> list[str]:
+    """Where the other library bounds the sides of a picture: what is written for our number of pixels."""
+    size = json.loads(files.get("preprocessor_config.json", b"{}")).get("size", {})
+    if "longest_edge" not in size:
+        return []
+    said = bounds(size["shortest_edge"], size["longest_edge"])
+    return [f"written for {said}; image_size {card.preprocessing.image_size} here: as many pixels for one of 4:3"]
 
 
 def _is_ours(path: Path) -> bool:
@@ -199,17 +210,15 @@ def _write(
         flags = {dialect: flag for flag, dialect in DIALECTS.items()}
         instead = f"; --to {flags[others[0]]} can" if others else ""
         raise UserError(f"{where}: a {family} cannot be written for {dialect}, which has no such model{instead}")
-    reasons: list[Exception] = []
+    reasons: list[str] = []
     for form in found:
         try:
             config = form.write_config(row, classes)
             return form, config, write_state(weights, form.rules(row, classes))
-        except (UserError, KeyError, ValueError, AssertionError, NotImplementedError) as error:
-            reasons.append(error)
-    if all(isinstance(reason, UserError) for reason in reasons):
-        raise UserError("; ".join(str(reason) for reason in reasons))
+        except NoWords as error:
+            reasons.append(str(error))
     raise UserError(
-        f"{where}: {found[0].name} has no model of this form ({row.about}): {'; '.join(map(str, reasons))}; "
+        f"{where}: cannot be written as {found[0].name}: {'; '.join(dict.fromkeys(reasons))}; "
         "only forms that the other library has can be written for it"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from saccade.errors import UserError
 from saccade.models import BACKBONES, DETECTORS
 from saccade.weights.formats import FORMATS
-from saccade.weights.formats.table import Format, Shapes
+from saccade.weights.formats.table import Format, NoWords, Shapes
 
 ODD = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
 LIKE = 0.25  # share of names in common below which a likeness means nothing
@@ -66,7 +66,7 @@ def _expected() -> list[tuple[Format, set[str]]]:
             if row.family == form.family:
                 try:
                     rules = form.rules(row, 1000)
-                except ODD:  # a form of the family that this dialect does not have
+                except NoWords:
                     continue
                 expected.append((form, patterns({name for rule in rules for name in rule.theirs})))
     return expected

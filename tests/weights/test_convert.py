@@ -30,7 +30,7 @@ from saccade.weights.descriptions import (
     write_pretrained_cfg,
 )
 from saccade.weights.export import convert, export_weights
-from saccade.weights.formats.table import Format, Rule, Shapes, same
+from saccade.weights.formats.table import Format, NoWords, Rule, Shapes, same
 from saccade.weights.load import load_network
 from saccade.weights.model_file import load_model_file
 from saccade.weights.published import Published
@@ -65,7 +65,7 @@ def toy_row(shapes: Shapes, config: Mapping[str, Any]) -> Row:
 
 def toy_config(row: Row, classes: int) -> dict[str, Any]:
     if row.image_size > 100:
-        raise ValueError("too large")
+        raise NoWords("too large")
     return {"model_type": "toy", "architecture": "toy"}
 
 
@@ -453,7 +453,7 @@ def test_faults_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_form_that_the_peer_lacks(tmp_path: Path) -> None:
     card = replace(import_weights(raw()).card(), architecture=replace(ROW, image_size=128).to_dict())
-    with pytest.raises(UserError, match="has no model of this form"):
+    with pytest.raises(UserError, match="cannot be written as huggingface vit: too large"):
         export_weights(card, ours_of(replace(ROW, image_size=128), 3), "huggingface")
     with pytest.raises(UserError, match="cannot be written for torchvision"):
         export_weights(card, {}, "torchvision")

@@ -26,6 +26,7 @@ from saccade.weights.formats.reference import FileNamed, transformers_places
 from saccade.weights.formats.table import (
     DetectorPeer,
     Format,
+    NoWords,
     ReferenceLoss,
     Rule,
     Shapes,
@@ -144,11 +145,11 @@ def _below(shapes: Shapes, prefix: str) -> Shapes:
 def hf_body_config(body: Row, names: resnet.Names, stages: list[int]) -> dict[str, Any]:
     """What config.json says of the backbone, of which a detector takes the maps of these stages (1 to 4)."""
     if not isinstance(body, ResNetConfig):
-        raise UserError(f"transformers builds DETR on a ResNet, not on {body.family}")
+        raise NoWords(f"transformers builds DETR on a ResNet, not on {body.family}")
     if names is resnet.TIMM:
         name = resnet.PLAIN.get((body.bottleneck, body.depths))
         if name is None or body.widths != resnet.WIDTHS or body.stem != 64:
-            raise UserError(f"timm has no ResNet of {body.about} by name")
+            raise NoWords(f"timm has no ResNet of {body.about} by name")
         described: dict[str, Any] = {"backbone": name, "use_timm_backbone": True, "use_pretrained_backbone": False}
     else:
         inner = resnet.huggingface_config(body, 0)  # refuses a dilated one
@@ -329,13 +330,25 @@ def _loss(model: nn.Module, outputs: DetectionOutputs, targets: BoxTargets) -> R
     return loss_by_layers(criterion, weights, outputs, targets)
 
 
+PUBLISHED_EDGES = (800, 1333)
+
+
+def side_by_edges(shortest: float, longest: float, stride: int) -> int:
+    """Detectors bound the sides and keep the shape: the side of a square of as many pixels as a picture of 4:3 gets."""
+    return max(1, round(min(shortest, longest * 3 / 4) * sqrt(4 / 3) / stride)) * stride
+
+
 def edges(kind: str, given: PreprocessingConfig) -> dict[str, Any]:
     """The bounds of the sides that give a picture of 4:3 as many pixels as ours has; the longer is 5:3, as published.
 
+    Ours knows its pixels as a multiple of the stride; of the bounds that mean the same, the published ones are written.
     `kind` is the class of transformers that reads it.
     """
     shortest = round(given.image_size * sqrt(3 / 4))
-    size = {"shortest_edge": shortest, "longest_edge": round(shortest * 5 / 3)}
+    longest = round(shortest * 5 / 3)
+    if side_by_edges(*PUBLISHED_EDGES, given.stride) == given.image_size:
+        shortest, longest = PUBLISHED_EDGES
+    size = {"shortest_edge": shortest, "longest_edge": longest}
     return {"image_processor_type": kind, "size": size, "do_pad": True, "format": "coco_detection"}
 
 

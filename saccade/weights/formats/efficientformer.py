@@ -18,7 +18,7 @@ from saccade.backbones.efficientformer import EFFICIENTFORMER, EfficientFormerCo
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.weights.formats.convolution import conv_norm
-from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage, module, same
+from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, module, same
 
 SCALES = {"scale1": "ls1.gamma", "scale2": "ls2.gamma"}
 ATTENTION = {"heads": 8, "head_dim": 32, "value_dim": 128, "grid": 7}  # the only ones that timm builds
@@ -216,7 +216,7 @@ def timm_config(row: Row, classes: int) -> dict[str, Any]:
 
 def _timm_arguments(row: EfficientFormerConfig) -> dict[str, Any]:
     if any(getattr(row, name) != value for name, value in ATTENTION.items()):
-        raise UserError(f"timm has no EfficientFormer whose attention is not of {ATTENTION}")
+        raise NoWords(f"timm has no EfficientFormer whose attention is not of {ATTENTION}")
     return {
         "depths": list(row.depths),
         "embed_dims": list(row.widths),

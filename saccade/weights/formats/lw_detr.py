@@ -37,7 +37,7 @@ from saccade.weights.formats.lw_detr_names import (
     whole_of,
 )
 from saccade.weights.formats.reference import FileNamed, transformers_places
-from saccade.weights.formats.table import DetectorPeer, Format, ReferenceLoss, Shapes, Stage
+from saccade.weights.formats.table import DetectorPeer, Format, NoWords, ReferenceLoss, Shapes, Stage
 from saccade.weights.formats.vit_names import depth_of
 
 ROWS = {LW: LWDETRConfig, RF: RFDETRConfig}
@@ -206,7 +206,7 @@ def _hf_config(row: Row, classes: int, kind: str) -> dict[str, Any]:
     refuse_other_forms(row, kind)
     b = body(row)
     if b.hidden != 4 * b.dim:
-        raise UserError(f"transformers has no {kind} with a feed-forward width of {b.hidden} for {b.dim} channels")
+        raise NoWords(f"transformers has no {kind} with a feed-forward width of {b.hidden} for {b.dim} channels")
     backbone: dict[str, Any] = {
         "model_type": {LW: "lw_detr_vit", RF: "rf_detr_dinov2"}[kind],
         "hidden_size": b.dim,

@@ -8,11 +8,10 @@ from typing import Any
 from saccade.backbones.base import Row
 from saccade.backbones.vit import ViTConfig
 from saccade.backbones.windowed_vit import WindowedViTConfig
-from saccade.errors import UserError
 from saccade.layers.projector import WIDE
 from saccade.models.lw_detr import LWDETRConfig
 from saccade.weights.formats.detr import box_head
-from saccade.weights.formats.table import Rule, module, packed, same
+from saccade.weights.formats.table import NoWords, Rule, module, packed, same
 from saccade.weights.formats.vit_names import Names, vit_rules
 
 LW, RF = "lw_detr", "rf_detr"  # as transformers calls them
@@ -172,7 +171,7 @@ RF_OLDER = replace(
 
 def body(row: LWDETRConfig) -> WindowedViTConfig:
     if not isinstance(row.backbone, WindowedViTConfig):
-        raise UserError(f"an LW-DETR of others has a ViT in windows as its backbone, not a {row.backbone.family}")
+        raise NoWords(f"an LW-DETR of others has a ViT in windows as its backbone, not a {row.backbone.family}")
     return row.backbone
 
 
@@ -263,7 +262,7 @@ def refuse_other_forms(row: LWDETRConfig, kind: str) -> None:
     usual = {LW: ("batch", False, False, False, "bicubic"), RF: ("layer", True, True, True, "antialias")}[kind]
     fits = kind == LW or (row.scales == (1.0,) and b.whole == whole_of(b.taken, b.depth))
     if found != (*usual, "gelu", True) or not fits:
-        raise UserError(f"no {kind} of transformers is like this one ({row.about})")
+        raise NoWords(f"no {kind} of transformers is like this one ({row.about})")
 
 
 def whole_of(taken: tuple[int, ...], depth: int) -> tuple[int, ...]:

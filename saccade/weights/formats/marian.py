@@ -20,7 +20,18 @@ from saccade.errors import UserError
 from saccade.layers.positions import sinusoidal_1d
 from saccade.models.transformer import TransformerRow
 from saccade.tokenizer import MarianTokenizer
-from saccade.weights.formats.table import Format, Rule, Shapes, Stage, State, TranslatorPeer, module, packed, same
+from saccade.weights.formats.table import (
+    Format,
+    NoWords,
+    Rule,
+    Shapes,
+    Stage,
+    State,
+    TranslatorPeer,
+    module,
+    packed,
+    same,
+)
 
 TOKENS = "model.shared.weight"
 COPIES = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
@@ -93,8 +104,8 @@ def _attention(ours: str, theirs: str) -> list[Rule]:
 
 def _rules(row: Row, classes: int) -> list[Rule]:
     assert isinstance(row, TransformerRow)
-    if row.norm_first or row.position != "sinusoidal" or not row.logit_bias:
-        raise ValueError("Marian normalises after each layer, has sines and cosines, and a bias of the scores")
+    if row.norm_first or row.norm_eps != 1e-5 or row.position != "sinusoidal" or not row.logit_bias:
+        raise NoWords("Marian normalises after each layer, has sines and cosines, and a bias of the scores")
     bias = Rule("logit_bias", (BIAS,), lambda tensor: tensor[0], lambda tensor: (tensor[None],))
     rules = [same("embeddings", TOKENS), bias]
     for side, depth in (("encoder", row.encoder_depth), ("decoder", row.decoder_depth)):

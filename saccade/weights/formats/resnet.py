@@ -14,7 +14,7 @@ from saccade.backbones.resnet import EXPANSION, ResNetConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.weights.formats.convolution import conv_norm
-from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage, module
+from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, module
 
 WIDTHS = (64, 128, 256, 512)  # the only ones that torchvision builds
 # timm's models of the plain form, by (bottleneck, depths); others, such as resnetblur50, have shapes like these and
@@ -155,6 +155,8 @@ def _classes(shapes: Shapes, name: str) -> int:
 def _timm_config(row: Row, classes: int) -> dict[str, Any]:
     assert isinstance(row, ResNetConfig)
     size = [3, row.image_size, row.image_size]
+    if row.stem != 64:
+        raise NoWords(f"timm has no plain ResNet with a stem of {row.stem} channels")
     arguments: dict[str, Any] = {"output_stride": 16} if row.dilated else {}
     name = PLAIN.get((row.bottleneck, row.depths)) if row.widths == WIDTHS else None
     if name is None:
@@ -183,12 +185,19 @@ def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     )
 
 
+def _torchvision_config(row: Row, classes: int) -> dict[str, Any]:
+    """There is none, but not every form exists."""
+    assert isinstance(row, ResNetConfig)
+    if row.widths != WIDTHS or row.stem != 64:
+        raise NoWords(f"torchvision has no ResNet of widths {row.widths} after a stem of {row.stem}")
+    return {}
+
+
 def _build_torchvision(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
     assert isinstance(row, ResNetConfig)
-    if row.widths != WIDTHS or row.stem != 64:
-        raise UserError(f"torchvision has no ResNet of widths {row.widths}")
+    _torchvision_config(row, classes)
     model = ResNet(
         Bottleneck if row.bottleneck else BasicBlock,
         list(row.depths),
@@ -241,7 +250,7 @@ def huggingface_row(shapes: Shapes, config: Mapping[str, Any]) -> ResNetConfig:
 def huggingface_config(row: Row, classes: int) -> dict[str, Any]:
     assert isinstance(row, ResNetConfig)
     if row.dilated:
-        raise UserError("Hugging Face's ResNet has no dilated last stage; write another dialect")
+        raise NoWords("Hugging Face's ResNet has no dilated last stage; write another dialect")
     return {
         "architectures": ["ResNetForImageClassification" if classes else "ResNetModel"],
         "model_type": "resnet",
@@ -278,7 +287,7 @@ FORMATS: tuple[Format, ...] = (
         classes=lambda shapes, config: _classes(shapes, "fc.weight"),
         rules=lambda row, classes: rules(row, classes, TORCHVISION),
         stages=lambda row: stages(row, TORCHVISION),
-        write_config=lambda row, classes: {},
+        write_config=_torchvision_config,
         peer=Peer("torchvision", _build_torchvision, lambda model, images: model(images)),
         preprocessing=PreprocessingConfig(stride=32, interpolation="bilinear", crop=0.875),
     ),

@@ -20,7 +20,7 @@ from saccade.backbones.base import Row
 from saccade.backbones.swin import SWIN, SwinConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
-from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage, module, packed, same
+from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, module, packed, same
 
 
 @dataclass(frozen=True)
@@ -398,7 +398,7 @@ def _hf_config(row: Row, classes: int) -> dict[str, Any]:
     window = max(row.windows)
     possible = _fitted(row, window, row.image_size).windows if row.version == 2 else len(row.windows) * (window,)
     if row.windows != possible:
-        raise UserError(
+        raise NoWords(
             f"Hugging Face's {kind} has windows {possible} at {row.image_size} pixels, not {row.windows}; "
             f"write another dialect"
         )
@@ -496,7 +496,7 @@ def _torchvision_config(row: Row, classes: int) -> dict[str, Any]:
     """There is none, but not every form exists."""
     assert isinstance(row, SwinConfig)
     if len(set(row.windows)) > 1 or row.trained_windows is not None:
-        raise UserError(f"torchvision has no Swin of windows {row.windows} that was trained with others")
+        raise NoWords(f"torchvision has no Swin of windows {row.windows} that was trained with others")
     return {}
 
 

@@ -15,6 +15,11 @@ from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models.detector import BoxTargets, DetectionOutputs
 
+
+class NoWords(UserError):
+    """A dialect cannot express a model of this form: others that the family has may."""
+
+
 State = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -16,7 +16,7 @@ from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.layers.feedforward import SWIGLU
 from saccade.weights.formats.reference import FileNamed, transformers_places
-from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage
+from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage
 from saccade.weights.formats.vit_names import (
     Names,
     depth_of,
@@ -179,7 +179,7 @@ THEIR_MLPS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "q
 def kind_of(row: ViTConfig) -> str:
     """The model type that a row can be written as."""
     if row.norm_pooled or row.mlp not in (*THEIR_MLPS, SWIGLU) or row.pool in ("mean", "sequence"):
-        raise UserError(f"transformers has no ViT that pools by {row.pool} like this one")
+        raise NoWords(f"transformers has no ViT that pools by {row.pool} like this one")
     if row.pool == "attention":
         kind, fits = "siglip_vision_model", row.class_tokens == 0 and row.registers == 0
     elif row.pre_norm:
@@ -197,7 +197,7 @@ def kind_of(row: ViTConfig) -> str:
     learned = row.position == ("rotary" if kind == "dinov3_vit" else "learned")
     gated = row.mlp != SWIGLU or kind.startswith("dino")
     if not (fits and alone and learned and gated):
-        raise UserError(f"transformers has no model of this form ({row.about}, {row.pool}, {row.position}, {row.mlp})")
+        raise NoWords(f"transformers has no model of this form ({row.about}, {row.pool}, {row.position}, {row.mlp})")
     return kind
 
 
@@ -219,7 +219,7 @@ def huggingface_rules(row: Row, classes: int, *, flipped: bool = False) -> list[
     row = replace(row, class_position=True)
     kind = kind_of(row)
     if classes and kind in ("dinov3_vit", "clip_vision_model", "siglip_vision_model"):
-        raise UserError(f"transformers has no classifier on the summary of {kind}; it is read and written without")
+        raise NoWords(f"transformers has no classifier on the summary of {kind}; it is read and written without")
     rules = vit_rules(row, classes, names_of(row, classes, flipped=flipped))
     if classes and row.pool == "token" and kind.startswith("dinov2"):
         rules = [_of_token_alone(rule) if rule.ours == "head.weight" else rule for rule in rules]
@@ -382,7 +382,7 @@ def _mlp_ratio(row: ViTConfig) -> int:
         width = ratio * row.dim
         if row.hidden == ((int(width * 2 / 3) + 7) // 8 * 8 if row.mlp == SWIGLU else width):
             return ratio
-    raise UserError(f"transformers has no DINOv2 with a feed-forward width of {row.hidden} for {row.dim} channels")
+    raise NoWords(f"transformers has no DINOv2 with a feed-forward width of {row.hidden} for {row.dim} channels")
 
 
 def build_huggingface(row: Row, classes: int, config: Mapping[str, Any], *, flipped: bool = False) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.backbones.vit import ViTConfig
 from saccade.errors import UserError
 from saccade.layers.feedforward import SWIGLU
-from saccade.weights.formats.table import Rule, Shapes, Stage, module, packed, same
+from saccade.weights.formats.table import NoWords, Rule, Shapes, Stage, module, packed, same
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Names:
 def vit_rules(row: ViTConfig, classes: int, names: Names) -> list[Rule]:
     """Every tensor of a plain ViT."""
     if row.stem or row.pool == "sequence" or row.attention != "full":
-        raise UserError("a convolutional stem, sequence pooling or another attention than full has no place elsewhere")
+        raise NoWords("a convolutional stem, sequence pooling or another attention than full has no place elsewhere")
     p = names.prefix
     patches = ("weight",) if row.pre_norm else ("weight", "bias")
     rules = module("backbone.patches.projection", p + names.patches, *patches)
@@ -63,6 +63,8 @@ def vit_rules(row: ViTConfig, classes: int, names: Names) -> list[Rule]:
         rules += _block_rules(row, f"backbone.blocks.{i}", p + block_name(names, row, i), names)
     rules += module("backbone.norm", p + last_norm(names, row))
     if row.pool == "attention":
+        if row.mlp == SWIGLU:
+            raise NoWords("attention pooling with a gated feed-forward network has no place elsewhere")
         rules += _pooling_rules(p + _needed(names.pooling, "attention pooling"), names)
     if row.projection:
         rules.append(same("backbone.projection.weight", _needed(names.projection, "a projection")))
@@ -79,7 +81,7 @@ def block_name(names: Names, row: ViTConfig, i: int) -> str:
 
 def _needed(name: str, what: str) -> str:
     if not name:
-        raise UserError(f"this dialect of weights has no place for {what}")
+        raise NoWords(f"this dialect of weights has no place for {what}")
     return name
 
 

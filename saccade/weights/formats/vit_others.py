@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from saccade.backbones.base import Row
 from saccade.backbones.vit import ViTConfig
 from saccade.config import PreprocessingConfig
-from saccade.errors import UserError
 from saccade.layers.feedforward import SWIGLU
 from saccade.weights.formats.reference import FileNamed
-from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage
+from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage
 from saccade.weights.formats.vit_names import (
     Names,
     depth_of,
@@ -56,7 +55,7 @@ def torchvision_rules(row: Row, classes: int, names: Names) -> list[Rule]:
     assert isinstance(row, ViTConfig)
     plain = row.pool == "token" and not row.registers and row.position == "learned" and not row.pre_norm
     if not plain or row.norm_pooled or row.mlp != "gelu" or not (row.qkv_bias and row.key_bias) or row.projection:
-        raise UserError("torchvision has no ViT of this form, only the plain one")
+        raise NoWords("torchvision has no ViT of this form, only the plain one")
     return vit_rules(replace(row, class_position=True), classes, names)
 
 
@@ -148,7 +147,7 @@ DINOV3_NAMES = replace(DINOV2_NAMES, registers="storage_tokens", gate_up=("mlp.w
 def original_rules(row: Row, classes: int, names: Names, *, class_position: bool, rotary: bool) -> list[Rule]:
     assert isinstance(row, ViTConfig)
     if row.pool != "token" or row.norm_pooled or (row.position == "rotary") != rotary or row.projection:
-        raise UserError("the original repository has no model of this form")
+        raise NoWords("the original repository has no model of this form")
     return vit_rules(replace(row, class_position=class_position), classes, names)
 
 
@@ -221,8 +220,10 @@ def npz_rules(row: Row, classes: int) -> list[Rule]:
     """Kernels are (in, out); those of attention have heads as an axis of their own."""
     assert isinstance(row, ViTConfig)
     plain = TIMM_NAMES
-    if row.pool != "token" or row.registers or row.layer_scale is not None or row.mlp != "gelu" or row.norm_pooled:
-        raise UserError("the authors' ViT has no model of this form, only the plain one")
+    usual = row.pool == "token" and row.position == "learned" and row.mlp == "gelu" and row.qkv_bias and row.key_bias
+    special = row.registers or row.layer_scale is not None or row.pre_norm or row.norm_pooled or row.projection
+    if not usual or special:
+        raise NoWords("the authors' ViT has no model of this form, only the plain one")
     row = replace(row, class_position=True)
     tokens = replace(plain, class_tokens=("cls",), positions="Transformer/posembed_input/pos_embedding", head=("head",))
     named = {rule.ours: rule for rule in vit_rules(replace(row, depth=0), 0, tokens)}

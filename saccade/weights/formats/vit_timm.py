@@ -17,7 +17,7 @@ from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.layers.feedforward import SWIGLU
 from saccade.weights.formats.reference import exact
-from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage
+from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage
 from saccade.weights.formats.vit_names import (
     Names,
     depth_of,
@@ -92,17 +92,22 @@ def names_of(row: ViTConfig) -> Names:
 
 def timm_rules(row: Row, classes: int) -> list[Rule]:
     assert isinstance(row, ViTConfig)
-    if row.pool not in POOLS:
-        raise UserError(f"timm has no model that pools by {row.pool}")
+    _pool_of(row)
     if row.position not in ("learned", "rotary"):
-        raise UserError(f"timm has no ViT with {row.position} positions")
+        raise NoWords(f"timm has no ViT with {row.position} positions")
     if row.position == "rotary" and row.qkv_bias and row.key_bias:
-        raise UserError("timm has no ViT with rotary positions and a bias of keys")
+        raise NoWords("timm has no ViT with rotary positions and a bias of keys")
     if not row.projection:
         return vit_rules(row, classes, names_of(row))
     if classes:
-        raise UserError("timm keeps the projection of CLIP where a classifier would be: write it without the head")
+        raise NoWords("timm keeps the projection of CLIP where a classifier would be: write it without the head")
     return [*vit_rules(replace(row, projection=None), 0, names_of(row)), _PROJECTION]
+
+
+def _pool_of(row: ViTConfig) -> str:
+    if row.pool not in POOLS:
+        raise NoWords(f"timm has no model that pools by {row.pool}")
+    return POOLS[row.pool]
 
 
 _PROJECTION = Rule(
@@ -231,7 +236,7 @@ def _arguments(row: ViTConfig) -> dict[str, Any]:
         "depth": row.depth,
         "num_heads": row.heads,
         "mlp_ratio": (row.hidden + 0.5) / row.dim,  # they round the product down
-        "global_pool": POOLS[row.pool],
+        "global_pool": _pool_of(row),
         "qkv_bias": row.qkv_bias,
         "init_values": row.layer_scale,
         "class_token": row.class_tokens > 0,
@@ -305,7 +310,7 @@ def timm_config(row: Row, classes: int) -> dict[str, Any]:
         "architecture": KNOWN[known] if known else _architecture(row),
         "num_classes": outputs,
         "num_features": row.dim,
-        "global_pool": POOLS[row.pool],
+        "global_pool": _pool_of(row),
         "model_args": _arguments(row),
         "pretrained_cfg": {"input_size": [3, row.image_size, row.image_size], "num_classes": outputs},
     }
