@@ -13,6 +13,7 @@ from saccade.backbones.base import Row
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models.detector import DetectorRow
+from saccade.weights.formats.detr import side_by_edges
 
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 CODES = {name: code for code, name in PILLOW.items()}
@@ -42,7 +43,7 @@ def read_preprocessing(
                 values["interpolation"] = usual.interpolation
             values |= _from_huggingface(preprocessor, notes)
             if isinstance(row, DetectorRow):
-                values["image_size"] = _side_by_edges(preprocessor, values["image_size"], row.stride)
+                values["image_size"] = _by_edges(preprocessor, values["image_size"], row.stride, notes)
         elif isinstance(described, Mapping) and "mean" in described:
             values |= _from_timm(described, notes)
         else:
@@ -108,14 +109,18 @@ def _edge(size: Any, notes: list[str]) -> int | None:
     return None
 
 
-def _side_by_edges(given: Mapping[str, Any], side: int, stride: int) -> int:
-    """Detectors bound the sides and keep the shape: the side of a square of as many pixels as a picture of 4:3 gets."""
+def _by_edges(given: Mapping[str, Any], shortest: int, stride: int, notes: list[str]) -> int:
     size = given.get("size")
     longest = size.get("longest_edge") if isinstance(size, Mapping) else given.get("max_size")
     if longest is None:
-        return side
-    shortest = min(side, int(longest) * 3 / 4)
-    return max(1, round(shortest * math.sqrt(4 / 3) / stride)) * stride
+        return shortest
+    side = side_by_edges(shortest, int(longest), stride)
+    notes.append(f"made for {bounds(shortest, int(longest))}; here image_size {side}: as many pixels for one of 4:3")
+    return side
+
+
+def bounds(shortest: int, longest: int) -> str:
+    return f"pictures whose shorter side has {shortest} pixels, or less where the longer one would have over {longest}"
 
 
 def _side(height: Any, width: Any, notes: list[str]) -> int:

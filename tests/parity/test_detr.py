@@ -271,13 +271,16 @@ def test_there_and_back(tmp_path: Path, kind: str):
         row, image_size=928, backbone=replace(row.backbone, image_size=928)
     )
     assert card.preprocessing.interpolation == "bilinear" and card.preprocessing.stride == row.stride
-    convert(tmp_path / "ours.safetensors", tmp_path / "back", to="hf")
+    written = convert(tmp_path / "ours.safetensors", tmp_path / "back", to="hf")
+    assert any(note.startswith("written for pictures whose shorter side has 800 pixels") for note in written.notes)
     again, report = transformers.AutoModelForObjectDetection.from_pretrained(
         tmp_path / "back", output_loading_info=True
     )
     assert not any(report.values()), report
-    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "back").size["shortest_edge"] == 804
-    convert(tmp_path / "back", tmp_path / "again.safetensors")
+    size = transformers.AutoImageProcessor.from_pretrained(tmp_path / "back").size
+    assert (size["shortest_edge"], size["longest_edge"]) == (800, 1333), "as it was"
+    result = convert(tmp_path / "back", tmp_path / "again.safetensors")
+    assert any("shorter side has 800 pixels, or less where the longer one" in note for note in result.notes)
     third, of_third = load_network(tmp_path / "again.safetensors")
     assert of_third.preprocessing == card.preprocessing and of_third.class_names == card.class_names
     for name, value in ours.state_dict().items():
