@@ -122,6 +122,9 @@ class OptimizerConfig(Config):
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="lr of a block is this times that of the block after it"
     )
+    backbone_lr: float = Field(
+        default=1.0, gt=0, le=10, description="detection: lr of the backbone is this times that of what follows it"
+    )
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="largest norm of all gradients together; none: no clipping"
     )

@@ -17,7 +17,8 @@ CHOSEN = frozenset((
     "augment.color_jitter", "augment.erase", "augment.mixup", "augment.cutmix", "augment.mix_prob", "augment.mosaic",
     "text.vocabulary", "text.batch_tokens", "network.drop_path", "network.pool", "network.position",
     "loss.label_smoothing", "optimizer.name", "optimizer.weight_decay", "optimizer.beta2", "optimizer.layer_decay",
-    "optimizer.clip_norm", "schedule.shape", "schedule.warmup", "ema.decay",
+    "optimizer.backbone_lr", "optimizer.clip_norm", "network.frozen_norm", "schedule.shape", "schedule.warmup",
+    "ema.decay",
 ))  # fmt: skip
 
 ALIASES = {"image_size": "preprocessing.image_size"}  # short names, of the command and in Python, of inner settings

@@ -19,7 +19,9 @@ import saccade
 from saccade.cli import COMMANDS, SHORT, main
 from saccade.config import RunConfig
 from saccade.flags import CHOSEN, spread
+from saccade.models import DETECTOR_FAMILIES
 from saccade.recipes import RECIPES
+from saccade.recipes.detect import of_family
 from saccade.recipes.summary import DataSummary
 
 TINY = ["--model=vit_micro", "--image-size=16", "--batch-size=8", "--device=cpu", "--precision=float32"]
@@ -95,6 +97,8 @@ def test_help_promises_no_default_that_a_recipe_replaces(run: Callable[..., Any]
         for seconds in (None, 600.0)
     ]
     chosen = {path for recipe in RECIPES.values() for summary in summaries for path, _ in leaves(recipe(summary))}
+    families = {*DETECTOR_FAMILIES, "glance"}
+    chosen |= {path for name in families for trained in (0, 1) for path, _ in leaves(of_family(name, bool(trained)))}
     with_default = dict(leaves(RunConfig(data="").model_dump()))
     assert {path for path in chosen if with_default[path] is not None} <= CHOSEN <= chosen
     out = " ".join(run("train", "--help")[1].split())

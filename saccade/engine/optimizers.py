@@ -28,6 +28,8 @@ def build_optimizers(model: Classifier | Detector | Translator, config: Optimize
             continue
         depth = model.depth_of(name)
         lr_scale = config.layer_decay ** (model.depth - depth)
+        if isinstance(model, Detector) and model.in_backbone(name):
+            lr_scale *= config.backbone_lr
         decay = config.weight_decay if decays(name, parameter) else 0.0
         hidden = parameter.ndim == 2 and 0 < depth < model.depth and decays(name, parameter)
         groups = muon if config.name == "muon" and hidden else adam

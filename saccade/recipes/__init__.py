@@ -20,7 +20,7 @@ from saccade.errors import UserError
 from saccade.models import model_row, task_of
 from saccade.models.detector import DetectorRow
 from saccade.recipes.classify import fine_tune, large, linear_probe, small_from_scratch
-from saccade.recipes.detect import detect, detect_fine_tune
+from saccade.recipes.detect import detect, detect_fine_tune, of_family
 from saccade.recipes.summary import DataSummary
 from saccade.recipes.translate import refuse_settings, resolve_text, translate, translate_fine_tune
 from saccade.weights.load import load_weights
@@ -78,6 +78,8 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         check_from_scratch(name, recipe, changes)
     if row is None:
         row = named or model_row(str(recipe.get("model")))
+    if isinstance(row, DetectorRow):
+        recipe = merge(recipe, of_family(row.family, asked.weights is not None))
     check_task(row, str(changes.get("model") or recipe.get("model")), summary, asked)
     parts = [row, row.backbone] if isinstance(row, DetectorRow) else [row]
     known = {field.name for part in parts for field in fields(part)}
