@@ -503,12 +503,12 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="one model, with the published weights that fit it")
-    parser.add_argument("--task", choices=["classify", "detect"], help="what the models are for; without it, all")
+    parser.add_argument("--task", choices=["classify", "detect", "translate"], help="what for; without it, all")
     parser.add_argument("--json", action="store_true", help="print the list as JSON on standard output")
 
 
 def run_models(options: argparse.Namespace) -> int:
-    """List the models: parameters, FLOPs, resolution, and where weights come from."""
+    """List the models: parameters, FLOPs, size of pictures or texts, and where weights come from."""
     from saccade.catalog import describe_models, list_models, render_models
 
     names = tuple(model.name for model in list_models(options.task))

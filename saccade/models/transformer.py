@@ -62,6 +62,29 @@ TRANSFORMERS: dict[str, TransformerRow] = {
     "transformer_big": TransformerRow(
         width=1024, heads=16, hidden=4096, encoder_depth=6, decoder_depth=6, dropout=0.3, max_length=512
     ),
+    # the forms that most opus-mt models have: https://aclanthology.org/2020.eamt-1.61
+    "marian_base": TransformerRow(
+        width=512,
+        heads=8,
+        hidden=2048,
+        encoder_depth=6,
+        decoder_depth=6,
+        mlp="silu",
+        logit_bias=True,
+        dropout=0.1,
+        max_length=512,
+    ),
+    "marian_big": TransformerRow(
+        width=1024,
+        heads=16,
+        hidden=4096,
+        encoder_depth=6,
+        decoder_depth=6,
+        mlp="relu",
+        logit_bias=True,
+        dropout=0.1,
+        max_length=1024,
+    ),
 }
 
 

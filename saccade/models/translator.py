@@ -96,9 +96,10 @@ class Translator(nn.Module, ABC):
         """
 
     def outputs(self, hidden: Float[Tensor, "*B C"]) -> TranslationOutputs:
-        outputs = TranslationOutputs(hidden, self.embeddings, self.logit_bias)
+        outputs, kind = TranslationOutputs(hidden, self.embeddings, self.logit_bias), hidden.device.type
         # who asks for them later may no longer be where this precision holds
-        return replace(outputs, ready=outputs.logits) if torch.is_autocast_enabled(hidden.device.type) else outputs
+        less = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return replace(outputs, ready=outputs.logits) if less else outputs
 
     def forward(
         self, source: Int[Tensor, "B S"], inputs: Int[Tensor, "B T"], where: Bool[Tensor, "B T"] | None = None

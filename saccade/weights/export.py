@@ -176,16 +176,17 @@ def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str,
         "README.md": _readme(card).encode(),
     }
     if card.tokenizer is not None:
-        files |= tokenizer_files(card.tokenizer)
+        files |= tokenizer_files(card.tokenizer, where or card.model)
     elif dialect == "huggingface":
         files["preprocessor_config.json"] = _json(write_preprocessor(card.preprocessing, form.processor))
     return files
 
 
-def tokenizer_files(text: str) -> dict[str, bytes]:
+def tokenizer_files(text: str, where: str = "the model") -> dict[str, bytes]:
     """Of a model of texts, as Marian's are laid out; the only ones that another library has."""
-    tokenizer = read_tokenizer(text, "the model")
-    assert isinstance(tokenizer, MarianTokenizer)  # their form of weights is known by it
+    tokenizer = read_tokenizer(text, where)
+    if not isinstance(tokenizer, MarianTokenizer):
+        raise UserError(f"{where}: transformers reads Marian's tokens alone, and this model has learnt its own")
     source, target = tokenizer.models
     return {"source.spm": source, "target.spm": target, "vocab.json": json.dumps(tokenizer.vocabulary).encode()}
 

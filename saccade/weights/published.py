@@ -20,6 +20,8 @@ COCO = "COCO 2017"
 OBJECTS365 = "Objects365"
 OBJECTS365_COCO = "Objects365, then COCO 2017"
 WIT = "400 million pictures with texts (not published)"
+OPUS = "OPUS, texts of many sources (https://opus.nlpl.eu)"
+TATOEBA = "OPUS as selected by the Tatoeba Challenge (https://github.com/Helsinki-NLP/Tatoeba-Challenge)"
 OPENAI = "mit (of the code; the page of the weights states none)"
 
 
@@ -87,6 +89,10 @@ def _swinv2(form: str, training_data: str) -> tuple[Published, ...]:
 def _lw_detr(size: str, *data: str) -> tuple[Published, ...]:
     tags = {OBJECTS365_COCO: "60e_coco", OBJECTS365: "30e_objects365"}
     return tuple(_hf(f"AnnaZhang/lwdetr_{size}_{tags[each]}", each) for each in data)
+
+
+def _opus_mt(licence: str, *pairs: str) -> tuple[Published, ...]:
+    return tuple(_hf(f"Helsinki-NLP/opus-mt-{pair}", OPUS, licence) for pair in pairs)
 
 
 def _resnet(depth: int, *tags: str) -> tuple[Published, ...]:
@@ -207,6 +213,14 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "lw_detr_medium": _lw_detr("medium", OBJECTS365_COCO),
     "lw_detr_large": _lw_detr("large", OBJECTS365_COCO, OBJECTS365),
     "lw_detr_xlarge": _lw_detr("xlarge", OBJECTS365_COCO),
+    # a few of more than a thousand, one for each pair of languages
+    "marian_base": (
+        *_opus_mt("cc-by-4.0", "en-de", "zh-en"),
+        *_opus_mt("apache-2.0", "de-en", "en-fr", "fr-en", "en-es", "es-en"),
+    ),
+    "marian_big": tuple(
+        _hf(f"Helsinki-NLP/opus-mt-tc-big-{pair}", TATOEBA, "cc-by-4.0") for pair in ("en-fr", "fr-en", "en-es")
+    ),
     "rf_detr_nano": (_hf("Roboflow/rf-detr-nano", COCO),),
     "rf_detr_small": (_hf("Roboflow/rf-detr-small", COCO),),
     "rf_detr_medium": (_hf("Roboflow/rf-detr-medium", COCO),),

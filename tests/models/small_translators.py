@@ -20,7 +20,7 @@ SMALL = {
         **(BLOCKS if isinstance(row, TransformerRow) else {}),
     )
     for name, row in TRANSLATORS.items()
-    if name not in ("transformer_small", "transformer_base", "transformer_big")
+    if name not in ("transformer_small", "transformer_base", "transformer_big", "marian_big")
 }
 _tiny = SMALL["transformer_tiny"]
 assert isinstance(_tiny, TransformerRow)

@@ -17,7 +17,9 @@ from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models import BACKBONES, DETECTORS, TRANSLATORS, build_network
 from saccade.models.detector import DetectorRow
+from saccade.models.transformer import TransformerRow
 from saccade.models.translator import TranslatorRow
+from saccade.tokenizer import learn_tokenizer
 from saccade.verification.subject import open_subject
 from saccade.weights.export import convert
 from saccade.weights.formats import FORMATS
@@ -115,6 +117,18 @@ def test_the_command_says_what_has_no_words(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"cct.safetensors: cannot be written as \w+ vit: .*pools by sequence"):
             convert(tmp_path / "cct.safetensors", tmp_path / to, to=to)
         assert not (tmp_path / to).exists()
+
+
+def test_a_learnt_tokenizer_has_no_words(tmp_path: Path) -> None:
+    tokenizer = learn_tokenizer(["a few words", "und ihre Wörter"], 64)
+    row = replace(TRANSLATORS["marian_base"], width=16, vocabulary=tokenizer.size, pad=0, begin=1, end=2)
+    assert isinstance(row, TransformerRow)
+    row = replace(row, heads=2, hidden=16, encoder_depth=1, decoder_depth=1)
+    card = ModelCard("translate", "m", row.to_dict(), (), preprocessing=USUAL, tokenizer=tokenizer.to_text())
+    save_model(tmp_path / "m.safetensors", build_network(row, 0).state_dict(), card)
+    with pytest.raises(UserError, match="m.safetensors: .*has learnt its own"):
+        convert(tmp_path / "m.safetensors", tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_faults_of_a_table_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
