@@ -17,6 +17,7 @@ import numpy as np
 from saccade.config import closest
 from saccade.data.source import SPLIT_NAMES, Problem, raise_problems
 from saccade.errors import UserError
+from saccade.words import counted
 
 SUFFIXES = (".tsv", ".jsonl")
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")
@@ -307,7 +308,8 @@ def _read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         byte = f"0x{data[error.start]:02x}"
-        what = f"not UTF-8 (byte {byte}); convert it, as in `iconv -f latin1 -t utf-8`"
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        what = f"not UTF-8 (byte {byte}); convert it, as in `iconv -f {'utf-16' if wide else 'latin1'} -t utf-8`"
         problems.append(Problem("encoding", f"{path}:{number}", what))
         return None
     lines = text.split("\n")  # not splitlines: it also splits at separators that texts may hold
@@ -392,18 +394,19 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
     rows: list[tuple[int, dict[str, str]]] = []
     faulty: list[Problem] = []
     if _stem(path)[1] == ".tsv":
-        header = lines[0].split("\t")
-        named = all(LANGUAGE.fullmatch(cell.strip()) for cell in header) or _sides(header) is not None
-        names = [cell.strip() for cell in header] if named else ["source", "target"][: len(header)]
+        header = [cell.strip() for cell in lines[0].split("\t")]
+        named = _names_columns(header)
+        names = header if named else ["source", "target"]
         for number, line in enumerate(lines[1:] if named else lines, 2 if named else 1):
             cells = line.split("\t")
             if not line.strip():
                 rows.append((number, dict.fromkeys(names, "")))
-            elif len(cells) < 2 or (named and len(cells) != len(names)):
-                what = f"{len(cells)} column{'s' if len(cells) > 1 else ''} where {len(names)} are expected"
-                faulty.append(Problem("columns", f"{path}:{number}", what))
+            elif len(cells) != len(names):
+                what = f"{counted(len(cells), 'column')} where {len(names)} are expected"
+                more = "; of several columns a first line has to say which is which, such as en and de"
+                faulty.append(Problem("columns", f"{path}:{number}", what + ("" if named or len(cells) < 2 else more)))
             else:
-                rows.append((number, dict(zip(names, cells, strict=False))))
+                rows.append((number, dict(zip(names, cells, strict=True))))
     else:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -417,7 +420,7 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
                 faulty.append(Problem("json", f"{path}:{number}", "not a table of two texts"))
                 continue
             rows.append((number, _texts(row)))
-    columns = list(rows[0][1]) if rows else []
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
     if len(columns) < 2:
         found.problems += faulty or [Problem("one_sided", str(path), "only one side; two columns of text are needed")]
         return
@@ -425,7 +428,9 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
     if asked == (None, None) and sides is not None:
         of, into, why = *sides, ""
     else:
-        of, into, why = _direction(str(path.parent / _stem(path)[0]), columns, asked, usual)
+        languages = [column for column in columns if LANGUAGE.fullmatch(column) or column in asked]
+        pool = languages if len(languages) > 1 else columns  # beside them there may be numbers, notes, sources
+        of, into, why = _direction(str(path.parent / _stem(path)[0]), pool, asked, usual)
     if why and not any(str(path.parent) in note for note in found.notes):
         found.notes.append(f"{path.parent}: {of} is translated into {into} ({why}; --text.source says otherwise)")
     kept = []
@@ -442,9 +447,16 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
         _add(name, path, (of, into), a, b, (str(path), str(path)), numbers, found)
 
 
+def _names_columns(cells: Sequence[str]) -> bool:
+    """Is a table's first line its header? Of more than two columns, two with languages that many have are enough."""
+    languages = all(LANGUAGE.fullmatch(cell) for cell in cells) or len({*cells} & USUAL) > 1
+    return len({*cells}) == len(cells) and (languages or _sides(cells) is not None)
+
+
 def _sides(columns: Sequence[str]) -> tuple[str, str] | None:
-    lower = [name.strip().lower() for name in columns]
-    return next((pair for pair in SIDES if pair[0] in lower and pair[1] in lower), None)
+    """The columns that say themselves which is which, as they are spelt."""
+    spelt = {name.lower(): name for name in columns}
+    return next(((spelt[of], spelt[into]) for of, into in SIDES if of in spelt and into in spelt), None)
 
 
 # --- what both have --------------------------------------------------------------------------------------------------

@@ -164,12 +164,40 @@ def test_separators_inside_lines_split_nothing(tmp_path: Path) -> None:
         ("train.jsonl", ['{"en": "a", "de": "b"}', "{"], r"train\.jsonl:2: not valid JSON"),
         ("train.jsonl", ['{"en": "a", "de": "b"}', '{"en": "a"}'], r"train\.jsonl:2: has no text in 'de'"),
         ("train.jsonl", ['{"en": "a", "de": "b"}', "[1]"], r"train\.jsonl:2: not a table"),
+        ("train.jsonl", ['{"en": "a"}', '{"en": "a", "de": "b"}'], r"train\.jsonl:1: has no text in 'de'"),
+        ("train.tsv", ["en\tde", "a\tb\tc"], r"train\.tsv:2: 3 columns where 2 are expected$"),
+        ("train.tsv", ["7\tA dog.\tEin Hund.", "9\ta\tb"], r"train\.tsv:2: 3 columns where 2 .*say which is which"),
+        ("train.tsv", ["A dog.\tEin Hund.", "a\tb\tc"], r"train\.tsv:2: 3 columns where 2 .*say which is which"),
+        ("train.tsv", ["en\tde\tfr", "a\tb\tc"], "text in en, de, fr; say which by --text.source"),
     ],
 )
 def test_faulty_tables(name: str, lines: list[str], message: str, tmp_path: Path) -> None:
     write(tmp_path / name, lines)
     with pytest.raises(UserError, match=message):
         open_text_splits(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("en\tde\tnote", "{en}\t{de}\tsaid"),
+        ("number\tde\ten", "7\t{de}\t{en}"),
+        ("Source\tTarget", "{en}\t{de}"),
+        ("id \t src\ttgt", "7\t{en}\t{de}"),
+    ],
+)
+def test_columns_are_found_by_their_names(header: str, row: str, tmp_path: Path) -> None:
+    lines = text(6)
+    rows = [row.format(en=en, de=de) for en, de in zip(lines, translated(lines), strict=True)]
+    pairs = find_pairs(write(tmp_path / "train.tsv", [header, *rows])).splits["train"]
+    assert pairs.sources == tuple(lines) and pairs.targets == tuple(translated(lines))
+
+
+def test_other_encodings(tmp_path: Path) -> None:
+    for name, encoding in (("train.en", "utf-16"), ("train.de", "latin1")):
+        (tmp_path / name).write_bytes("grün\n".encode(encoding))
+    found = {Path(problem.where).name: problem.what for problem in find_pairs(tmp_path).problems}
+    assert "iconv -f utf-16" in found["train.en:1"] and "iconv -f latin1" in found["train.de:1"]
 
 
 def test_damaged_gzip(tmp_path: Path) -> None:
