@@ -20,8 +20,9 @@ from rich.table import Table
 
 from saccade.config import DataConfig
 from saccade.data.decode import SUFFIXES, Picture, PictureError
+from saccade.data.findings import Findings
 from saccade.data.inspect_boxes import BoxReport, box_hints, box_report, box_rows, share
-from saccade.data.source import BoxSource, LabelledSource, Problem, Source, faults, told
+from saccade.data.source import BoxSource, LabelledSource, Problem, Source
 from saccade.data.sources import Place, class_problems, find, unite_classes
 from saccade.data.sources.boxes import fit
 from saccade.words import counted
@@ -29,7 +30,6 @@ from saccade.words import counted
 ASPECT_EDGES = (0.5, 0.8, 1.25, 2.0)  # width / height; between them the picture's share is counted
 UNBALANCED = 10  # the largest class over the smallest, from which it is worth a hint
 FEW = 20  # training pictures of a class, below which it is worth a hint
-LISTED = 40  # problems in a printed report; all of them are in to_dict()
 
 
 @dataclass
@@ -52,41 +52,14 @@ class SplitReport:
         return values
 
 
-@dataclass
-class Report:
-    """What `saccade inspect` says."""
-
-    path: str
-    format: str
-    task: str
-    splits: list[SplitReport]
-    problems: list[Problem]
-    notes: list[str]
-    hints: list[str]
-
-    def __repr__(self) -> str:
-        pictures = counted(sum(split.pictures for split in self.splits), "picture")
-        return f"<Report on {self.path}: {self.format}, {pictures}, {counted(len(faults(self.problems)), 'problem')}>"
+class Report(Findings[SplitReport]):
+    """What `saccade inspect` says of pictures."""
 
     @property
-    def ok(self) -> bool:
-        return not self.problems
+    def amount(self) -> str:
+        return counted(sum(split.pictures for split in self.splits), "picture")
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "format": self.format,
-            "task": self.task,
-            "ok": self.ok,
-            "splits": [split.to_dict() for split in self.splits],
-            "faults": len(faults(self.problems)),  # problems of one root are one
-            "problems": [vars(problem) for problem in self.problems],
-            "notes": self.notes,
-            "hints": self.hints,
-        }
-
-    def render(self, console: Console) -> None:
-        """Tables of counts and sizes, then problems by kind."""
+    def render_splits(self, console: Console) -> None:
         boxes = [split.boxes for split in self.splits]
         form = f"objects in pictures, {self.format.upper()}" if any(boxes) else self.format.replace("_", " ")
         console.print(f"[bold]{escape(self.path)}[/bold]: {form}", soft_wrap=True)
@@ -112,22 +85,6 @@ class Report:
             row = (share(split.aspects.get(label, 0), split.pictures) for split in self.splits)
             table.add_row(f"width / height {label}", *row)
         console.print(table)
-        for text in self.notes:
-            console.print(f"note: {text}", markup=False, soft_wrap=True)
-        for text in self.hints:
-            console.print(f"hint: {text}", markup=False, soft_wrap=True)
-        by_kind: dict[str, list[list[Problem]]] = defaultdict(list)
-        found = faults(self.problems)
-        for fault in found:
-            by_kind[fault[0].kind].append(fault)
-        for kind, same in by_kind.items():
-            console.print(f"[bold red]{kind.replace('_', ' ')}[/bold red]: {len(same)}")
-            for fault in same[:LISTED]:
-                for line in told(fault):
-                    console.print(f"  {line}", markup=False, soft_wrap=True)
-            if len(same) > LISTED:
-                console.print(f"  ... and {len(same) - LISTED} more, all of them with --json")
-        console.print("nothing is wrong" if self.ok else counted(len(found), "problem"))
 
 
 @dataclass(frozen=True)
