@@ -200,7 +200,8 @@ def make_plan(session: Session, began: float, show: bool) -> Plan:
 def steps_within(session: Session, seconds: float, began: float, show: bool) -> tuple[int, int]:
     """How many steps fit, and evaluations.
 
-    Takes real steps for a few seconds, evaluates once, and puts everything back as it was.
+    Takes real steps for a few seconds, evaluates once, and puts everything back as it was. An evaluation of texts is
+    never longer than this one: what has learnt nothing ends no translation before its limit.
     """
     config, table = session.config, RunTable(1, 0, show=show)
     weights = copy.deepcopy(session.model.state_dict())
