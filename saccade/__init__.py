@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from saccade.data.inspect import Report
+    from saccade.data.text.inspect import TextReport
     from saccade.engine.embed import Embeddings
     from saccade.engine.predict import Model, PictureInput
     from saccade.engine.train import TrainResult
@@ -97,13 +98,15 @@ def evaluate(
     )
 
 
-def inspect(data: str, *, val: str | None = None) -> Report:
-    """What is in this data, and what is wrong with it."""
+def inspect(
+    data: str, *, val: str | None = None, source: str | None = None, target: str | None = None
+) -> Report | TextReport:
+    """What is in this data, and what is wrong with it. `source`, `target`: of texts in more than two languages."""
     from pathlib import Path
 
     from saccade.data.inspect import inspect_data
 
-    return inspect_data(Path(data), val)
+    return inspect_data(Path(data), val, languages=(source, target))
 
 
 def embed(

@@ -482,6 +482,9 @@ def run_verify(options: argparse.Namespace) -> int:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help=RunConfig.model_fields["data"].description)
     parser.add_argument("--val", help=RunConfig.model_fields["val"].description)
+    for side in ("source", "target"):
+        name = TextConfig.model_fields[side].description
+        parser.add_argument(f"--text.{side}", dest=side, metavar="NAME", help=name)
     parser.add_argument("--json", action="store_true", help="print the report as JSON on standard output")
 
 
@@ -493,7 +496,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
     from saccade.data.inspect import inspect_data
 
-    report = inspect_data(Path(options.data), options.val)
+    report = inspect_data(Path(options.data), options.val, languages=(options.source, options.target))
     if options.json:
         print(json.dumps(report.to_dict()))
     else:

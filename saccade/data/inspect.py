@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from os import cpu_count
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,10 @@ from saccade.data.inspect_boxes import BoxReport, box_hints, box_report, box_row
 from saccade.data.source import BoxSource, LabelledSource, Problem, Source
 from saccade.data.sources import Place, class_problems, find, unite_classes
 from saccade.data.sources.boxes import fit
-from saccade.words import counted
+from saccade.data.text.inspect import TextReport, inspect_texts
+from saccade.data.text.parallel import holds_text
+from saccade.errors import UserError
+from saccade.words import HOLDS, counted
 
 ASPECT_EDGES = (0.5, 0.8, 1.25, 2.0)  # width / height; between them the picture's share is counted
 UNBALANCED = 10  # the largest class over the smallest, from which it is worth a hint
@@ -96,9 +99,25 @@ class _Seen:
     problem: Problem | None = None
 
 
-def inspect_data(path: Place, val: Place | None = None, config: DataConfig | None = None) -> Report:
-    """Look at every picture of every split. Only a path with nothing at all is an error; the rest is in the report."""
-    config = config or DataConfig()
+def inspect_data(
+    path: Place,
+    val: Place | None = None,
+    config: DataConfig | None = None,
+    languages: tuple[str | None, str | None] = (None, None),
+) -> Report | TextReport:
+    """Look at every picture, or pair of texts, of every split. Only a path with nothing at all is an error; the rest is
+    in the report. `languages`: from which into which, where there are more than two."""
+    if isinstance(path, str | Path) and holds_text(Path(path)):
+        if val is not None and not isinstance(val, str | Path):
+            raise UserError(f"{path}: holds {HOLDS['translate']}; give others of them by --val")
+        return inspect_texts(Path(path), None if val is None else Path(val), *languages)
+    for flag, name in zip(("--text.source", "--text.target"), languages, strict=True):
+        if name is not None:
+            raise UserError(f"{flag} {name}: is for texts, and {path} holds none in parallel files or tables")
+    return _inspect_pictures(path, val, config or DataConfig())
+
+
+def _inspect_pictures(path: Place, val: Place | None, config: DataConfig) -> Report:
     found = find(path)
     problems, notes, sources = list(found.problems), list(found.notes), dict(found.splits)
     if val is not None:

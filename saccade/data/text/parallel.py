@@ -21,6 +21,12 @@ from saccade.words import counted
 
 SUFFIXES = (".tsv", ".jsonl")
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Za-z]{2,4})?")
+# suffixes of the same form that name no language; pictures with annotations beside them are no parallel text
+FILE_TYPES = {
+    "avi", "bat", "bin", "bmp", "cc", "cfg", "csv", "dat", "db", "doc", "gif", "gz", "ini", "jpe", "jpg", "js", "log",
+    "md", "mov", "mpg", "npy", "npz", "pdf", "png", "py", "rst", "sh", "svg", "tar", "tex", "tif", "tsv", "txt", "wav",
+    "xml", "xz", "yml", "zip",
+}  # fmt: skip
 # columns that say which is which
 SIDES = (("source", "target"), ("src", "tgt"), ("src", "trg"), ("text", "translation"))
 OF_PICTURES = {"path", "file", "file_name", "image", "label"}  # columns of tables of another kind
@@ -132,7 +138,7 @@ def open_text_splits(
     """What to learn from and what to measure on: the data's own splits, `val` from elsewhere, or a part held out."""
     found = find_pairs(path, source, target, usual)
     beside = find_pairs(val, source, target, usual) if val is not None else FoundPairs()
-    raise_problems([*found.problems, *beside.problems], str(path))
+    raise_problems([problem for problem in (*found.problems, *beside.problems) if problem.refuses], str(path))
     notes = [*found.notes, *beside.notes]
     train = found.splits.get("train") or found.splits.get("all")
     if train is None and len(found.splits) == 1:
@@ -167,7 +173,7 @@ def open_pairs(
     What is to be known of it is added to `notes`.
     """
     found = find_pairs(path, source, target, usual)
-    raise_problems(found.problems, str(path))
+    raise_problems([problem for problem in found.problems if problem.refuses], str(path))
     if notes is not None:
         notes += found.notes
     return _to_measure(found, path, split)
@@ -215,7 +221,8 @@ def _parallel(folder: Path) -> dict[str, dict[str, Path]]:
     by_stem: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         stem, suffix = _stem(path)
-        if path.is_file() and not path.name.startswith(".") and LANGUAGE.fullmatch(suffix[1:]):
+        spoken = LANGUAGE.fullmatch(suffix[1:]) and suffix[1:] not in FILE_TYPES
+        if spoken and path.is_file() and not path.name.startswith("."):
             by_stem.setdefault(stem, {}).setdefault(suffix[1:], path)
     languages = {language for files in by_stem.values() if len(files) > 1 for language in files}
     if not languages:
@@ -473,21 +480,27 @@ def _add(
     found: FoundPairs,
 ) -> None:
     """Leave out pairs with an empty side, and say so."""
+    of, into = languages
     full = [bool(one.strip()) and bool(other.strip()) for one, other in zip(sources, targets, strict=True)]
     if not any(full):
         found.problems.append(Problem("empty", places[0], "holds no pair with text on both sides"))
         return
     halves = [
-        f"{places[1] if one.strip() else places[0]}:{number}"
+        (f"{places[1] if one.strip() else places[0]}:{number}", into if one.strip() else of, one.strip() or other)
         for one, other, number in zip(sources, targets, lines, strict=True)
         if bool(one.strip()) != bool(other.strip())
     ]
     blank = len(full) - sum(full) - len(halves)
     if halves:
-        shown = ", ".join(halves[:3]) + (" ..." if len(halves) > 3 else "")
-        found.notes.append(f"{len(halves)} pairs with an empty side are left out ({shown})")
+        shown = ", ".join(place for place, *_ in halves[:3]) + (" ..." if len(halves) > 3 else "")
+        are = "is" if len(halves) == 1 else "are"
+        found.notes.append(f"{counted(len(halves), 'pair')} with an empty side {are} left out ({shown})")
+    for place, lacks, there in halves:
+        what = f"no text in {lacks} beside {_quoted(there)}; translate it, or remove both"
+        found.problems.append(Problem("empty_side", place, what, refuses=False))
     if blank:
-        found.notes.append(f"{places[0]}: {blank} empty lines on both sides are left out")
+        are = "is" if blank == 1 else "are"
+        found.notes.append(f"{places[0]}: {counted(blank, 'empty line')} on both sides {are} left out")
     same = sum(one == other for one, other in zip(sources, targets, strict=True))
     if same > 0.5 * len(sources):
         share = f"{same} of {len(sources)} pairs"

@@ -145,8 +145,8 @@ def test_empty_lines_are_left_out_and_said(tmp_path: Path) -> None:
     write(tmp_path / "train.de", other)
     splits = open_text_splits(tmp_path)
     assert len(splits.train) + len(splits.val) == 18
-    assert any("1 pairs with an empty side" in note and "train.de:5" in note for note in splits.notes)
-    assert any("1 empty lines on both sides" in note for note in splits.notes)
+    assert any("1 pair with an empty side is left out" in note and "train.de:5" in note for note in splits.notes)
+    assert any("1 empty line on both sides is left out" in note for note in splits.notes)
 
 
 def test_separators_inside_lines_split_nothing(tmp_path: Path) -> None:
@@ -213,6 +213,16 @@ def test_pictures_are_no_text(tmp_path: Path) -> None:
     assert not holds_text(tmp_path) and not holds_text(tmp_path / "table.jsonl") and not holds_text(tmp_path / "none")
     with pytest.raises(UserError, match="holds no parallel text"):
         find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["xml", "txt", "png"])
+def test_annotations_beside_pictures_are_no_languages(beside: str, tmp_path: Path) -> None:
+    for name in "ab":
+        for suffix in ("jpg", beside):
+            (tmp_path / f"{name}.{suffix}").write_bytes(b"x")
+    assert not holds_text(tmp_path)
+    parallel(tmp_path)
+    assert holds_text(tmp_path) and find_pairs(tmp_path).splits["train"].languages == ("en", "de")
 
 
 def test_real_data() -> None:
