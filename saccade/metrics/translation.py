@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,7 +58,7 @@ class TranslationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the translations themselves."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "examples"}
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "examples"}
         return {**values, "tokens_per_second": self.tokens_per_second}
 
     def render(self, console: Console) -> None:
