@@ -102,4 +102,4 @@ def test_other_formats(folder, encode, picture, tmp_path):
 
 def test_real_data(shared):
     report = inspect_data(shared / "objects32" / "val-0000.tar")
-    assert report.ok and report.format == "webdataset" and report.splits[0].pictures == 1000
+    assert report.ok and report.format == "webdataset" and report.splits[0].pictures == 1000  # pyright: ignore[reportAttributeAccessIssue]

@@ -505,7 +505,7 @@ def test_a_healthy_set_raises_no_alarm(coco_set, voc_set, yolo_set):
 
 def test_crowds_are_counted_apart(coco_set):
     report = inspect_data(coco_set.write())
-    boxes = report.splits[0].boxes
+    boxes = report.splits[0].boxes  # pyright: ignore[reportAttributeAccessIssue]
     assert boxes is not None and (boxes.objects, boxes.crowds) == (10, 1) and "regions to ignore" in rendered(report)
 
 

@@ -22,7 +22,7 @@ def test_as_pytorch_s_of_all_scores(monkeypatch, piece, biased, smoothing):
     found = []
     for own in (True, False):
         parts = [part.clone().requires_grad_() for part in (hidden, table, bias) if part is not None]
-        h, t, b = (*parts, None)[:3]
+        h, t, b = parts[0], parts[1], parts[2] if biased else None
         if own:
             loss = linear_cross_entropy(h, t, b, wanted, smoothing)
         else:

@@ -134,7 +134,7 @@ class Format:
     stages: Callable[[Row], list[Stage]]
     write_config: Callable[[Row, int], dict[str, Any]]  # their config.json; class names and such are added by others
     ignored: tuple[str, ...] = ()  # patterns of keys that carry nothing to learn (index buffers, mask tokens)
-    peer: Peer | TranslatorPeer | None = None
+    peer: Any = None  # of a model of pictures a Peer, of a detector a DetectorPeer, of texts a TranslatorPeer; or None
     preprocessing: PreprocessingConfig | None = None  # where the source says nothing
     processor: Callable[[PreprocessingConfig], dict[str, Any]] | None = None  # their own words in preprocessor_config
     # (tensors, config) -> the tensors with those that a file leaves out because it holds them under another name
