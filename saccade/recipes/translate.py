@@ -55,7 +55,7 @@ def translate_fine_tune(data: DataSummary) -> dict[str, Any]:
     """All weights of a model that translates already, gently, with its own tokenizer.
 
     Command: `saccade train talks --weights Helsinki-NLP/opus-mt-en-de`.
-    Cost and result: not measured yet.
+    Cost and result: not measured.
     """
     values = translate(data)
     return {**values, "lr": 1e-4, "network": {}, "schedule": {"warmup": 0.1}, "epochs": 5}
