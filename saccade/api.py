@@ -63,7 +63,7 @@ def evaluate(
     loaded = open_model(model, device=device)
     if isinstance(loaded, TextModel):
         pairs = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=notes)
-        given = {"beams": beams, "length_penalty": length_penalty, "batch_size": batch_size}
+        given = {"beams": beams, "length_penalty": length_penalty, "batch_size": batch_size, "notes": notes}
         return evaluate_texts(loaded, pairs, {k: v for k, v in given.items() if v is not None}, progress)
     names = ("beams", "length-penalty", "text.source", "text.target")
     for name, value in zip(names, (beams, length_penalty, *languages), strict=True):

@@ -58,6 +58,10 @@ def predict_texts(model: Any, options: argparse.Namespace) -> int:
             raise UserError(
                 f"{text}: is a file, and texts are translated as they stand; for its lines, use --input {text}"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{text[:40]!a}: is not UTF-8; put it into a file and use --input FILE") from None
     texts = options.inputs if options.input is None else read_texts(options.input)
     if not any(text.strip() for text in texts):
         raise UserError(f"{options.input or 'the text'}: is empty; there is nothing to translate")

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saccade.errors import UserError
 from saccade.models.translator import Translator
 
 GONE = 0.25  # share of finished texts at which they are let go: it costs a copy of what the others keep
@@ -186,6 +187,8 @@ def beam_search(
                 if total > -math.inf
             ]
             found[text] = _ranked([*found[text], *cut])[:W]
+            if not found[text]:
+                raise UserError("no translation: the model's scores are no numbers; it is damaged, so get it anew")
     return found
 
 

@@ -60,6 +60,9 @@ class LearntTokenizer(Tokenizer):
         if None in ids:
             raise UserError(f"its tokenizer lacks one of {PAD} {START} {END} {UNKNOWN}; get the file anew")
         self.pad, self.start, self.end, self.unknown = ids
+        numbers = sorted(inner.get_vocab().values())
+        if numbers != list(range(len(numbers))):
+            raise UserError("the tokens of its tokenizer are not numbered one after the other; get the file anew")
 
     @property
     def size(self) -> int:
@@ -121,7 +124,12 @@ def _cleaned(texts: Sequence[str], chunk: int = 1000) -> Iterator[list[str]]:
 
 def clean(text: str) -> str:
     """Any run of spaces, tabs and line ends is one space; a literal ▁ is an underscore, for it means a space here."""
-    return " ".join(text.replace(WORD, "_").split())
+    return " ".join(whole(text).replace(WORD, "_").split())
+
+
+def whole(text: str) -> str:
+    """Halves of characters, which Python's strings may hold, are unknown characters."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class MarianTokenizer(Tokenizer):
@@ -161,20 +169,21 @@ class MarianTokenizer(Tokenizer):
             code: list[str] = []
             if not target and text.startswith(">>") and "<<" in text:
                 code, text = [text[: text.index("<<") + 2]], text[text.index("<<") + 2 :].strip()
-            pieces = code + self.processors[target].EncodeAsPieces(text)
+            pieces = code + self.processors[target].EncodeAsPieces(whole(text))
             found.append([*(self.vocabulary.get(piece, self.unknown) for piece in pieces), self.end])
         return found
 
     def decode(self, tokens: Sequence[Sequence[int]], *, target: bool = True) -> list[str]:
         texts = []
         for each in tokens:
-            pieces = [self._pieces[token] for token in each if token not in (self.pad, self.end)]
+            pieces = [self._pieces.get(token, UNKNOWN) for token in each if token not in (self.pad, self.end)]
             texts.append(self.processors[target].DecodePieces(pieces).replace(WORD, " ").strip())
         return texts
 
     def pieces(self, tokens: Sequence[int], *, target: bool = True) -> list[str]:
         kept = [token for token in tokens if token not in (self.pad, self.end)]
-        return [UNKNOWN_SHOWN if token == self.unknown else self._pieces[token].replace(WORD, " ") for token in kept]
+        shown = {**self._pieces, self.unknown: UNKNOWN_SHOWN}  # weights may know more tokens than the list names
+        return [shown.get(token, UNKNOWN_SHOWN).replace(WORD, " ") for token in kept]
 
     @cached_property
     def _pieces(self) -> dict[int, str]:
@@ -197,8 +206,8 @@ def read_tokenizer(text: str, where: str) -> Tokenizer:
             source, target = (base64.b64decode(values[name], validate=True) for name in ("source", "target"))
             vocabulary = {str(piece): int(number) for piece, number in values["vocabulary"].items()}
             return MarianTokenizer(source, target, vocabulary, where)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from None
     except Exception as error:  # whatever `tokenizers` says of a damaged description: its own are bare Exceptions
         raise UserError(f"{where}: its tokenizer is damaged ({error!r:.200}); get the file anew") from None
     raise UserError(f"{where}: a tokenizer of the kind {values['kind']!r}; update the library")

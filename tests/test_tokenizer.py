@@ -9,7 +9,16 @@ import pytest
 import sentencepiece
 
 from saccade.errors import UserError
-from saccade.tokenizer import LearntTokenizer, MarianTokenizer, Tokenizer, clean, learn_tokenizer, read_tokenizer
+from saccade.tokenizer import (
+    UNKNOWN_SHOWN,
+    LearntTokenizer,
+    MarianTokenizer,
+    Tokenizer,
+    clean,
+    learn_tokenizer,
+    read_tokenizer,
+    whole,
+)
 
 TEXT = [
     "Two young, White males are outside near many bushes.",
@@ -98,3 +107,16 @@ def test_marian_languages(marian: MarianTokenizer) -> None:
     assert marian.encode([">>fra<< Two young"])[0][0] == code
     assert marian.encode([">>fra<< Two young"])[0][1:] == marian.encode(["Two young"])[0]
     assert code not in marian.encode([">>fra<< Two young"], target=True)[0]
+
+
+def test_numbers_without_a_piece(marian: MarianTokenizer) -> None:
+    """Weights may know more tokens than the list names."""
+    known = marian.encode(["Two"])[0][:-1]
+    assert marian.pieces([*known, marian.size + 3])[-1] == UNKNOWN_SHOWN
+    assert UNKNOWN_SHOWN in marian.decode([[*known, marian.size + 3]])[0]
+
+
+@pytest.mark.parametrize("tokenizer", both(), ids=["learnt", "marian"])
+def test_halves_of_characters_are_unknown(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode(["Two \ud800"]) == tokenizer.encode(["Two \ufffd"])
+    assert whole("Zwei 🎉 ▁ \u2028") == "Zwei 🎉 ▁ \u2028" and whole("\ud83c\udf89") == "🎉"

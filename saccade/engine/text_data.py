@@ -21,6 +21,7 @@ from saccade.tasks.translation import TranslationTask
 from saccade.tokenizer import Tokenizer, learn_tokenizer, read_tokenizer
 from saccade.weights.load import load_weights
 from saccade.weights.model_file import write_atomically
+from saccade.words import counted
 
 KEPT = "tokenizer.json"  # in a run's folder
 
@@ -48,13 +49,17 @@ class TextData:
         self.path, self.notes = splits.train.path, list(splits.notes)
         self.tokenizer: Tokenizer = self._tokenizer(splits.train, folder)
         self.train, self.train_pairs = self._fitting(splits.train)
-        self.val, self.val_pairs = splits.val, encode(self.tokenizer, splits.val, text.max_length)
+        self.val, self.val_pairs = splits.val, self._cut(splits.val)
         self.plan = TrainPlan(self.train_pairs.lengths, text.batch_tokens, config.seed, world.size)
 
     def _tokenizer(self, train: Pairs, folder: Path | None) -> Tokenizer:
         """That of the run which is continued, or of the weights to start from; else it is learnt."""
         if folder is not None and (folder / KEPT).exists():
-            return read_tokenizer((folder / KEPT).read_text(encoding="utf-8"), str(folder / KEPT))
+            try:
+                kept = (folder / KEPT).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{folder / KEPT}: cannot be read ({error}); without it, it is learnt anew") from None
+            return read_tokenizer(kept, str(folder / KEPT))
         if self.config.weights is not None:
             card = load_weights(self.config.weights).card
             if card.tokenizer is None:
@@ -72,12 +77,26 @@ class TextData:
         if fits.all():
             return pairs, encoded
         out = np.flatnonzero(~fits)
-        shown = ", ".join(pairs.id(int(i)) for i in out[:3]) + (" ..." if len(out) > 3 else "")
         if len(out) == len(pairs):
             raise UserError(f"{pairs.path}: every text has more than --text.max-length {most} tokens; allow more")
-        self.notes.append(f"{len(out)} pairs of more than {most} tokens are left out ({shown}; --text.max-length)")
+        left = f"{counted(len(out), 'pair')} of more than {most} tokens {'is' if len(out) == 1 else 'are'} left out"
+        self.notes.append(f"{left} ({pairs.some(out)}; --text.max-length)")
         kept = pairs.subset(np.flatnonzero(fits))
         return kept, encode(self.tokenizer, kept, None)
+
+    def _cut(self, pairs: Pairs) -> EncodedPairs:
+        """What is measured on has all pairs; how many are cut is said."""
+        most = self.config.text.max_length
+        encoded = encode(self.tokenizer, pairs, None)
+        long = np.flatnonzero(encoded.lengths.max(axis=1) > most)
+        if not len(long):
+            return encoded
+        are = "is" if len(long) == 1 else "are"
+        self.notes.append(
+            f"{counted(len(long), 'pair')} for validation of more than {most} tokens {are} cut there "
+            f"({pairs.some(long)}; --text.max-length)"
+        )
+        return encode(self.tokenizer, pairs, most)
 
     def __len__(self) -> int:
         return len(self.train)

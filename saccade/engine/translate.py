@@ -29,6 +29,7 @@ from saccade.tokenizer import Tokenizer, read_tokenizer
 from saccade.weights.convert import check_tokenizer
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard
+from saccade.words import counted
 
 BEAMS, MOST_BEAMS = 4, 64
 BATCH = 32  # texts at a time
@@ -119,8 +120,12 @@ class TextModel:
         batch_tokens: int = 4096,
         batch_size: int = MOST,
         progress: Callable[[int], None] | None = None,
+        notes: list[str] | None = None,
     ) -> TranslationReport:
-        """BLEU, chrF, loss and speed on texts with their translations, at most `batch_size` at a time."""
+        """BLEU, chrF, loss and speed on texts with their translations, at most `batch_size` at a time.
+
+        Texts that are longer than the model can take are cut, which is added to `notes`, or warned of.
+        """
         Search(beams, length_penalty)  # which refuses what is out of bounds
         most = self.network.config.max_length
         decoding = DecodingConfig(beams=beams, length_penalty=length_penalty)
@@ -128,6 +133,14 @@ class TextModel:
         task = TranslationTask(self.tokenizer, config, self.network.config)
         sides = [self.tokenizer.encode(side, target=k == 1) for k, side in enumerate((pairs.sources, pairs.targets))]
         cut = [[self._cut(each) for each in side] for side in sides]
+        long = [i for i, both in enumerate(zip(*sides, strict=True)) if max(map(len, both)) > most]
+        if long:
+            what = f"{counted(len(long), 'pair')} of more than {most} tokens, all that the model can take, "
+            what += f"{'is' if len(long) == 1 else 'are'} cut there ({pairs.some(long)})"
+            if notes is None:
+                warnings.warn(what, stacklevel=2)
+            else:
+                notes.append(what)
         encoded = EncodedPairs(cut[0], cut[1], self.tokenizer.pad)
         return evaluate_batches(
             self.network,

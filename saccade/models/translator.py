@@ -16,6 +16,7 @@ from saccade.backbones.base import Row
 from saccade.layers.linear import linear
 
 T = TypeVar("T")
+LONGEST = 100_000  # tokens of either side; more come from damaged descriptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,14 @@ class TranslatorRow(Row):
     pad: int = 0
     begin: int = 1  # the token that a translation begins with
     end: int = 2
+
+    def __post_init__(self) -> None:
+        """Rows come from files, too."""
+        if not 2 <= self.max_length <= LONGEST:
+            raise ValueError(f"max_length {self.max_length} is not from 2 to {LONGEST}")
+        for name in STEERING[1:] if self.vocabulary else ():
+            if not 0 <= getattr(self, name) < self.vocabulary:
+                raise ValueError(f"{name} {getattr(self, name)} is none of {self.vocabulary} tokens")
 
     @property
     def stride(self) -> int:

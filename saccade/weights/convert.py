@@ -18,7 +18,7 @@ from saccade.errors import UserError
 from saccade.models import build_network, model_row, name_of, task_of
 from saccade.models.detector import DetectorRow
 from saccade.models.translator import STEERING, TranslatorRow
-from saccade.tokenizer import Tokenizer, read_tokenizer
+from saccade.tokenizer import LearntTokenizer, Tokenizer, read_tokenizer
 from saccade.weights import recognition
 from saccade.weights.descriptions import read_class_names, read_preprocessing
 from saccade.weights.formats.table import Format, Rule, Shapes, read_state
@@ -122,7 +122,8 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
 
 def check_tokenizer(row: TranslatorRow, tokenizer: Tokenizer, where: str) -> None:
     """Is it the one whose numbers the weights know?"""
-    if tokenizer.size > row.vocabulary:
+    learnt = isinstance(tokenizer, LearntTokenizer)  # then the weights know no tokens beyond it
+    if tokenizer.size > row.vocabulary or (learnt and tokenizer.size < row.vocabulary):
         raise UserError(
             f"{where}: its tokenizer has {tokenizer.size} tokens, its weights know {row.vocabulary}; they are not of "
             "one model"

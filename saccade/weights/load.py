@@ -18,6 +18,7 @@ from saccade.models.translator import Translator, TranslatorRow
 from saccade.tokenizer import Tokenizer
 from saccade.weights.convert import check_tokenizer, import_weights
 from saccade.weights.model_file import ModelCard, check_weights, find_model, load_model_file, read_metadata
+from saccade.weights.recognition import ODD
 from saccade.weights.source import open_weights
 
 PREFIX = "backbone."
@@ -72,10 +73,14 @@ def fill(weights: dict[str, Tensor], row: Row, card: ModelCard, where: str) -> N
     """The described network with these weights. They are checked before memory is taken for it."""
     try:
         with torch.device("meta"):
-            check_weights(weights, build_network(row, len(card.class_names)).state_dict(), where)
-        network = build_network(row, len(card.class_names))
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+            described = build_network(row, len(card.class_names)).state_dict()
+    except ODD as error:
+        raise UserError(f"{where}: describes a model that cannot be built ({error})") from None
+    check_weights(weights, described, where)
+    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{where}: {', '.join(bad[:3])} hold NaN or infinity; it is damaged, so get it anew")
+    network = build_network(row, len(card.class_names))
     network.load_state_dict(weights)
     return network
 

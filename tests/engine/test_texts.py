@@ -179,7 +179,7 @@ def test_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["predict", file, "A dog.", "--input", tmp_path / "lines.txt"], "give one of both"),
         (["predict", file, " "], "nothing to translate"),
         (["predict", file, "A dog.", "--coco", "x.json"], "is for pictures"),
-        (["predict", file, "--input", tmp_path / "none.txt"], "cannot be read"),
+        (["predict", file, "--input", tmp_path / "none.txt"], "none.txt: does not exist"),
         (["predict", file, tmp_path / "lines.txt"], "is a file, and texts are translated as they stand"),
         (["predict", file, "A dog.", "--stream", "--beams=2", "--json"], "does not go with --beams, --json"),
         (["predict", file, "A dog.", "--temperature=-1"], "temperature -1.0: is to be above 0"),

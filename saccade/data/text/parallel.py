@@ -30,6 +30,7 @@ FILE_TYPES = {
 # columns that say which is which
 SIDES = (("source", "target"), ("src", "tgt"), ("src", "trg"), ("text", "translation"))
 OF_PICTURES = {"path", "file", "file_name", "image", "label"}  # columns of tables of another kind
+HALVES = re.compile("[\ud800-\udfff]")
 Asked = tuple[str | None, str | None]  # languages: from, into
 SHOWN = 60  # characters of a line that messages quote
 
@@ -52,6 +53,10 @@ class Pairs:
     def id(self, i: int) -> str:
         """What messages call pair `i`."""
         return f"{self.places[0]}:{self.lines[i]}"
+
+    def some(self, indices: Sequence[int] | np.ndarray, most: int = 3) -> str:
+        """The first of these pairs, for messages."""
+        return ", ".join(self.id(int(i)) for i in indices[:most]) + (" ..." if len(indices) > most else "")
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Pairs:
         chosen = np.asarray(indices, dtype=np.int64)
@@ -102,7 +107,7 @@ def find_pairs(
     """
     found = FoundPairs()
     if not path.exists():
-        raise UserError(f"{path}: does not exist")
+        raise UserError(f"{path}: does not exist; check the spelling")
     if path.is_file():
         if _stem(path)[1] not in SUFFIXES:
             raise UserError(f"{path}: not parallel text; give a folder with NAME.en and NAME.de, a .tsv or a .jsonl")
@@ -143,6 +148,7 @@ def open_text_splits(
     train = found.splits.get("train") or found.splits.get("all")
     if train is None and len(found.splits) == 1:
         train = next(iter(found.splits.values()))
+        notes.append(f"{path}: its only split, {train.name}, is learnt from")
     if train is None:
         raise UserError(f"{path}: no train split among {', '.join(found.splits)}; rename one to train.*")
     held_out = found.splits.get("val") if val is None else _to_measure(beside, val, None)
@@ -280,6 +286,8 @@ def _direction(where: str, languages: list[str], asked: Asked, usual: tuple[str,
             raise UserError(f"{where}: no text in {name!r}; there is {', '.join(languages)}")
     if source is None and target is None and usual is not None and {*usual} <= {*languages}:
         return *usual, ""
+    if source is not None and source == target:
+        raise UserError(f"{where}: --text.source and --text.target are both {source}; name two languages")
     rest = [language for language in languages if language not in (source, target)]
     if source is not None and target is not None:
         return source, target, ""
@@ -302,10 +310,16 @@ def _direction(where: str, languages: list[str], asked: Asked, usual: tuple[str,
 
 def _read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
     """The lines of a file; None, and a problem more, where it cannot be read as text."""
+    if path.is_dir():
+        problems.append(Problem("unreadable", str(path), "is a folder; give a file with a text in each line"))
+        return None
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
+    except FileNotFoundError:
+        problems.append(Problem("unreadable", str(path), "does not exist; check the spelling"))
+        return None
     except (OSError, EOFError, zlib.error) as error:
         what = f"cannot be read ({getattr(error, 'strerror', None) or error}); get or copy it anew"
         problems.append(Problem("unreadable", str(path), what))
@@ -335,8 +349,8 @@ def _different_lengths(one: Path, other: Path, a: list[str], b: list[str]) -> Pr
         what = f"{lacks} ({len(a)} and {len(b)}); the lengths agree to the end of the shorter one, so it may be cut off"
     else:
         what = (
-            f"{lacks} ({len(a)} and {len(b)}); judged by the lengths of lines they part near line {where + 1}: "
-            f"{_quoted(a[where])} beside {_quoted(b[where])}"
+            f"{lacks} ({len(a)} and {len(b)}); judged by the lengths of lines they part near line {where + 1}, where "
+            f"what is missing belongs: {_quoted(a[where])} beside {_quoted(b[where])}"
         )
     return Problem("different_lengths", f"{one}, {other}", what)
 
@@ -396,7 +410,7 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
     if lines is None:
         return
     if not lines:
-        found.problems.append(Problem("empty", str(path), "is empty"))
+        found.problems.append(Problem("empty", str(path), "is empty; a line for each pair of texts belongs there"))
         return
     rows: list[tuple[int, dict[str, str]]] = []
     faulty: list[Problem] = []
@@ -410,8 +424,11 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
                 rows.append((number, dict.fromkeys(names, "")))
             elif len(cells) != len(names):
                 what = f"{counted(len(cells), 'column')} where {len(names)} are expected"
-                more = "; of several columns a first line has to say which is which, such as en and de"
-                faulty.append(Problem("columns", f"{path}:{number}", what + ("" if named or len(cells) < 2 else more)))
+                if len(cells) < len(names):
+                    what += "; there is to be a tab between a text and its translation"
+                elif not named:
+                    what += "; of several columns a first line has to say which is which, such as en and de"
+                faulty.append(Problem("columns", f"{path}:{number}", what))
             else:
                 rows.append((number, dict(zip(names, cells, strict=True))))
     else:
@@ -426,7 +443,12 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
             if not isinstance(row, dict):
                 faulty.append(Problem("json", f"{path}:{number}", "not a table of two texts"))
                 continue
-            rows.append((number, _texts(row)))
+            texts = _texts(row)
+            if broken := [name for name, text in texts.items() if HALVES.search(text)]:
+                what = f"half of a character in {broken[0]!r}, as its escapes say it; write the whole one"
+                faulty.append(Problem("json", f"{path}:{number}", what))
+                continue
+            rows.append((number, texts))
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
     if len(columns) < 2:
         found.problems += faulty or [Problem("one_sided", str(path), "only one side; two columns of text are needed")]
@@ -483,7 +505,8 @@ def _add(
     of, into = languages
     full = [bool(one.strip()) and bool(other.strip()) for one, other in zip(sources, targets, strict=True)]
     if not any(full):
-        found.problems.append(Problem("empty", places[0], "holds no pair with text on both sides"))
+        what = "holds no pair with text on both sides; a text and its translation belong on the same line"
+        found.problems.append(Problem("empty", places[0], what))
         return
     halves = [
         (f"{places[1] if one.strip() else places[0]}:{number}", into if one.strip() else of, one.strip() or other)
