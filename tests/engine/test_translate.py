@@ -193,7 +193,7 @@ def test_too_long_texts_are_left_out_and_said(texts: Path, tmp_path: Path) -> No
         other.write("Hund\n")
     session = engine.open_session(config(folder, tmp_path / "run"), World())
     assert len(session.data) == 38
-    assert any("1 pairs of more than 24 tokens are left out" in note and "train.en:39" in note
+    assert any("1 pair of more than 24 tokens is left out" in note and "train.en:39" in note
                for note in session.data.notes)  # fmt: skip
     with pytest.raises(UserError, match="every text has more than --text.max-length 4"):
         engine.open_session(config(folder, tmp_path / "run", text={"max_length": 4}), World())
