@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.config import OptimizerConfig, ScheduleConfig
+from saccade.engine.muon import Muon
 from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector
 from saccade.models.translator import Translator
@@ -18,8 +19,8 @@ from saccade.models.translator import Translator
 def build_optimizers(model: Classifier | Detector | Translator, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Muon is https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size (https://arxiv.org/abs/2502.16982),
-    so that one learning rate serves both. Layer-wise decay is https://arxiv.org/abs/2106.08254.
+    Muon's steps are as large as AdamW's, so that one learning rate serves both. Layer-wise decay is
+    https://arxiv.org/abs/2106.08254.
     """
     adam: dict[tuple[float, float], list[nn.Parameter]] = {}
     muon: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -39,11 +40,7 @@ def build_optimizers(model: Classifier | Detector | Translator, config: Optimize
         betas = (config.beta1, config.beta2)
         optimizers.append(torch.optim.AdamW(_groups(adam), lr=0.0, betas=betas, fused=_can_fuse(model)))
     if muon:
-        optimizers.append(
-            torch.optim.Muon(
-                _groups(muon), lr=0.0, momentum=config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        optimizers.append(Muon(_groups(muon), lr=0.0, momentum=config.momentum))
     return optimizers
 
 

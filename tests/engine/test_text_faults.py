@@ -1,0 +1,277 @@
+"""Bad texts and bad models of texts: an error names the file and what to do, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import saccade
+from saccade.cli import main
+from saccade.config import PreprocessingConfig, RunConfig, TextConfig
+from saccade.engine.distributed import World
+from saccade.engine.text_data import TextData
+from saccade.engine.translate import TextModel
+from saccade.errors import UserError
+from saccade.models import build_network
+from saccade.models.transformer import TransformerRow
+from saccade.tokenizer import learn_tokenizer
+from saccade.weights.load import load_weights
+from saccade.weights.model_file import ModelCard, read_metadata, save_model
+
+WHO = ("dog", "cat", "man", "girl")
+ENGLISH = [f"A {who} runs {where} {i}." for i, who in enumerate(WHO) for where in ("here", "in")]
+GERMAN = [line.replace("A ", "Ein ").replace("runs", "rennt").replace("here", "hier") for line in ENGLISH]
+
+
+def write(path: Path, lines: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = learn_tokenizer([*ENGLISH, *GERMAN], 90)
+    row = TransformerRow(
+        width=16, heads=2, hidden=16, encoder_depth=1, decoder_depth=1, max_length=24, vocabulary=tokenizer.size
+    )
+    torch.manual_seed(0)
+    card = ModelCard("translate", "m", row.to_dict(), (), PreprocessingConfig(), tokenizer=tokenizer.to_text())
+    path = tmp_path_factory.mktemp("models") / "m.safetensors"
+    save_model(path, build_network(row, 0).state_dict(), card)
+    return path
+
+
+def _replace(name: str, content: bytes) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return spoil
+
+
+def _lines(name: str, lines: list[str]) -> Callable[[Path], None]:
+    return _replace(name, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _without(*names: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return spoil
+
+
+def _empty(folder: Path) -> None:
+    for side in ("en", "de"):
+        (folder / f"train.{side}").write_text("")
+
+
+def _table(name: str, lines: list[str]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        _without("train.en", "train.de", "val.en", "val.de")(folder)
+        write(folder / name, lines)
+
+    return spoil
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {  # what is done, the place, what to do
+    "a line fewer": (_lines("train.de", GERMAN[1:]), "train.de has 1 line fewer", "what is missing belongs"),
+    "latin": (_replace("train.de", "ein\nschön\n".encode("latin1")), "train.de:2", "iconv -f latin1"),
+    "utf-16": (_replace("train.en", "\n".join(ENGLISH).encode("utf-16")), "train.en:1", "iconv -f utf-16"),
+    "bytes": (_replace("train.en", bytes(range(256))), "train.en:2", "not UTF-8"),
+    "nothing": (_empty, "train.en", "belong on the same line"),
+    "blank": (_lines("train.de", [""] * len(ENGLISH)), "train.en", "belong on the same line"),
+    "one side": (_without("train.de", "val.de"), "train.en", "belongs beside it, as train.de"),
+    "one side of one": (_without("val.de"), "val.en", "add val.de or remove it"),
+    "no tab": (_table("train.tsv", ["one\ttwo", "only"]), "train.tsv:2", "a tab between a text and its translation"),
+    "half a character": (_table("train.jsonl", ['{"en": "a", "de": "b"}', r'{"en": "\ud800", "de": "b"}']),
+                         "train.jsonl:2", "half of a character in 'en'"),
+    "not text": (_without("train.en", "train.de", "val.en", "val.de"), "", "holds no parallel text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_data(
+    fault: str, command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    spoil, place, remedy = FAULTS[fault]
+    folder = tmp_path / "texts"
+    for name, count in (("train", len(ENGLISH)), ("val", 3)):
+        write(folder / f"{name}.en", ENGLISH[:count])
+        write(folder / f"{name}.de", GERMAN[:count])
+    spoil(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "texts", "--task=translate", "--steps=1"]
+    if command == "evaluate":
+        arguments = ["evaluate", str(model), "texts"]
+    assert main([*arguments, "--device=cpu"]) == 2
+    shown = capsys.readouterr()
+    assert f"texts/{place}" in shown.err or place in shown.err
+    assert remedy in shown.err and "Traceback" not in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"], "nothing is begun"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--input=absent.txt"], ["absent.txt: does not exist", "spelling"]),
+        (["--input=folder"], ["folder: is a folder", "give a file"]),
+        (["--input=latin.txt"], ["latin.txt:1: not UTF-8", "iconv"]),
+        (["--input=empty.txt"], ["empty.txt: is empty"]),
+        (["--input=blank.txt"], ["blank.txt: is empty"]),
+        ([""], ["is empty"]),
+        ([], ["nothing given"]),
+        (["\udcff and more"], [r"\udcff", "is not UTF-8", "--input FILE"]),
+        (["A dog.", "--save=empty.txt"], ["empty.txt"]),
+    ],
+)
+def test_what_cannot_be_translated(
+    arguments: list[str], parts: list[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin.txt").write_bytes("schön\n".encode("latin1"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    assert main(["predict", str(model), *arguments, "--device=cpu"]) == 2
+    shown = capsys.readouterr()
+    assert all(part in shown.err for part in parts) and "Traceback" not in shown.err
+    assert len(list(tmp_path.iterdir())) == 4 and (tmp_path / "empty.txt").read_text() == ""
+
+
+def test_what_is_odd_is_translated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["☃ 你好 🎉", "", "A dog\u2028runs\x85here.", "\u200b", "a\0b", "A dog " * 40]
+    write(tmp_path / "odd.txt", lines)
+    arguments = ["--input", str(tmp_path / "odd.txt"), "--beams=1", "--json", "--device=cpu"]
+    assert main(["predict", str(model), *arguments]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert len(found) == len(lines) and found[1]["translation"] == ""
+    assert "cut after 24 of 81 tokens" in shown.err
+    half = TextModel.load(model, device="cpu").translate("a dog \ud800")  # Python's strings may hold that
+    assert len(half) == 1
+
+
+# --- the model file --------------------------------------------------------------------------------------------------
+
+
+def _card(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda card: card.update(changes)
+
+
+def _row(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda card: card["architecture"].update(changes)
+
+
+def _vocabulary(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def spoil(card: dict[str, Any]) -> None:
+        values = json.loads(card["tokenizer"])
+        change(values["tokenizer"]["model"])
+        card["tokenizer"] = json.dumps(values)
+
+    return spoil
+
+
+def _fewer(model: dict[str, Any]) -> None:
+    model["vocab"], model["merges"] = dict(list(model["vocab"].items())[:30]), []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_card(tokenizer=None), "holds no tokenizer.*get the file anew"),
+        (_card(tokenizer="junk"), "tokenizer is damaged.*get the file anew"),
+        (_vocabulary(_fewer), "tokenizer has 30 tokens, its weights know .*not of one model"),
+        (_vocabulary(lambda model: model["vocab"].update(more=500)), "not numbered one after the other"),
+        (_row(max_length=10**9), "max_length 1000000000 is not from 2"),
+        (_row(max_length=-5), "max_length -5 is not from 2"),
+        (_row(begin=9999), "begin 9999 is none of"),
+        (_row(end=-1), "end -1 is none of"),
+        (_row(pad=5), "padding is 0 to the tokenizer and 5 to the weights"),
+        (_row(width=-16), "describes a model that cannot be built"),
+        (_row(heads=0), "describes a model that cannot be built"),
+        (_row(vocabulary=5), "the weights do not fit"),
+    ],
+)
+def test_model_file(spoil: Callable[[dict[str, Any]], None], message: str, model: Path, tmp_path: Path) -> None:
+    metadata = read_metadata(model)
+    assert metadata is not None
+    card = json.loads(metadata["saccade"])
+    spoil(card)
+    save_file(load_file(model), tmp_path / "m.safetensors", {**metadata, "saccade": json.dumps(card)})
+    with pytest.raises(UserError, match=f"^[^:]*m.safetensors: (?!.*m.safetensors).*{message}"):
+        TextModel.load(tmp_path / "m.safetensors", device="cpu")
+
+
+def test_weights_that_are_no_numbers(model: Path, tmp_path: Path) -> None:
+    loaded = load_weights(model)
+    loaded.weights["embeddings"][3, 2] = float("nan")
+    save_model(tmp_path / "m.safetensors", loaded.weights, loaded.card)
+    with pytest.raises(UserError, match="m.safetensors: embeddings holds? NaN or infinity"):
+        TextModel.load(tmp_path / "m.safetensors", device="cpu")
+    # they may also come from a description
+    row = replace(loaded.row, norm_eps=-100.0)  # pyright: ignore[reportCallIssue]
+    loaded.weights["embeddings"][3, 2] = 0
+    save_model(tmp_path / "eps.safetensors", loaded.weights, replace(loaded.card, architecture=row.to_dict()))
+    with pytest.raises(UserError, match="scores are no numbers"):
+        TextModel.load(tmp_path / "eps.safetensors", device="cpu").translate("A dog.")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def config_of(folder: Path, **text: Any) -> RunConfig:
+    return RunConfig(data=str(folder), task="translate", text=TextConfig(vocabulary=90, **text))
+
+
+def make(folder: Path) -> Path:
+    for name, count in (("train", len(ENGLISH)), ("val", 3)):
+        write(folder / f"{name}.en", ENGLISH[:count])
+        write(folder / f"{name}.de", GERMAN[:count])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe", "cannot be read"), (b"", "is damaged"), (b"{}", "is damaged")]
+)
+def test_a_run_s_tokenizer(content: bytes, message: str, tmp_path: Path) -> None:
+    make(tmp_path / "texts")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"run/tokenizer.json: .*{message}"):
+        TextData(config_of(tmp_path / "texts"), World(), torch.device("cpu"), tmp_path / "run")
+
+
+def test_what_is_cut_is_said(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path)
+    write(folder / "val.en", [ENGLISH[0], " ".join(ENGLISH), ENGLISH[2]])
+    data = TextData(config_of(folder, max_length=30), World(), torch.device("cpu"), None)
+    (note,) = [note for note in data.notes if "cut there" in note]
+    assert "1 pair for validation of more than 30 tokens is cut there" in note and "val.en:2" in note
+    assert int(data.val_pairs.lengths.max()) == 30
+    assert main(["evaluate", str(model), str(folder), "--beams=1", "--device=cpu"]) == 0
+    assert "1 pair of more than 24 tokens" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="val.en:2"):
+        saccade.evaluate(str(model), str(folder), beams=1, device="cpu")
+
+
+def test_the_only_split_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "test.en", ENGLISH)
+    write(tmp_path / "test.de", GERMAN)
+    data = TextData(config_of(tmp_path), World(), torch.device("cpu"), None)
+    assert any("its only split, test, is learnt from" in note for note in data.notes)
+
+
+def test_one_language_for_both(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both en; name two languages"):
+        TextData(config_of(make(tmp_path), source="en", target="en"), World(), torch.device("cpu"), None)
