@@ -4,7 +4,7 @@
     python -m benchmarks.speed_translation --only greedy --sentences 128
 
 Both run in one process, turn by turn and in turns of order. Weights are random and the same for both; the size is that
-of the opus-mt models (6 + 6 blocks of width 512, 58,101 tokens), unless `--weights` names a folder of such a model.
+of the opus-mt models (6 + 6 blocks of width 512, 58,101 tokens; `--vocabulary` changes the last).
 Random weights do not know when to end, so each translation is made to end after as many tokens as its text has, by a
 rule that both are given; texts have the lengths of Multi30k's test sentences, or of random ones where that is absent.
 `given` is in the order of the file, in batches of 32; `sorted` is by length, which either could do. The tokens of both

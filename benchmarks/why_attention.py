@@ -126,8 +126,8 @@ def learn(kind: str, distances: Sequence[int], rate: float, seconds: float, seed
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     growth = math.log(max(distances) / SHORTEST)
-    start, steps = time.perf_counter(), 0
-    while (done := (time.perf_counter() - start) / seconds) < 1:
+    start, steps = time.thread_time(), 0  # of this thread, which is in all that is done: pauses do not count
+    while (done := (time.thread_time() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (steps + 1) / 20) * (1 - done)
         share = torch.rand((), generator=generator).item() * min(1.0, 0.1 + 2 * done)
@@ -264,7 +264,7 @@ def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
         f"sequences; guessing gives {100 / SYMBOLS:.0f}. Each model had the same time, learnt all distances (short "
         "ones first) and used the best of three learning rates.\n",
         *head("distance", [*distances, "steps in this time", "learning rate"]), *recalled,
-        "\n![recall](why-attention-recall.png)\n",
+        "\n![Recalled against the distance](images/why-attention-recall.png)\n",
         "## What has to wait\n",
         "In a recurrence each place waits for the one before, so a step takes as long as the sequence however many "
         "processors there are, and what is remembered must survive every place between. Attention computes all places "
@@ -272,7 +272,7 @@ def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
         "translating a cost for each token that grows with what was said before.\n",
         *head("", ["steps that wait", "longest path"]), *theory,
         *tables,
-        "\n![time](why-attention-time.png)\n",
+        "\n![Time against the length](images/why-attention-time.png)\n",
     ])  # fmt: skip
 
 
@@ -308,8 +308,8 @@ def main() -> None:
         f"{options.seconds:g} s of training each, {torch.get_num_threads()} threads, torch {torch.__version__}; other "
         f"programs kept {load.others():.1f} cores busy meanwhile."
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    draw(rows, options.out)
+    (options.out / "images").mkdir(parents=True, exist_ok=True)
+    draw(rows, options.out / "images")
     (options.out / "why-attention.md").write_text(page(rows, facts), encoding="utf-8")
     if options.json is not None:
         report.merge(options.json, rows)
