@@ -82,6 +82,9 @@ def evaluate(
     per class and size, best threshold, kinds of mistakes), or a TranslationReport (BLEU, chrF, loss, speed). Of a model
     of texts: how many `beams`, the `length_penalty`, and the `languages` from and into, where they are not those that
     it learnt.
+
+    Without `split`, val is measured, else test. A run on data without either is measured on what it held out of them,
+    which a warning says; "all" stands for everything.
     """
     from saccade.api import evaluate as run
 

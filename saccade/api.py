@@ -16,6 +16,7 @@ from saccade.data.text.parallel import Pairs, open_pairs
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
+from saccade.engine.held_out import held_out
 from saccade.engine.run_folder import resume_config
 from saccade.engine.translate import TextModel, open_model
 from saccade.errors import UserError
@@ -61,15 +62,23 @@ def evaluate(
     """
     failed: list[str] = [] if unreadable is None else unreadable
     loaded = open_model(model, device=device)
+    told: list[str] = []
+    held = held_out(Path(model), Path(data), told) if split is None else None
+    if notes is not None:
+        notes += told
+    elif told:
+        warnings.warn("\n".join(told), stacklevel=3)
     if isinstance(loaded, TextModel):
-        pairs = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=notes)
+        asked = any(languages)  # another direction than that of the run
+        if asked or not isinstance(held, Pairs):
+            held = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=notes)
         given = {"beams": beams, "length_penalty": length_penalty, "batch_size": batch_size, "notes": notes}
-        return evaluate_texts(loaded, pairs, {k: v for k, v in given.items() if v is not None}, progress)
+        return evaluate_texts(loaded, held, {k: v for k, v in given.items() if v is not None}, progress)
     names = ("beams", "length-penalty", "text.source", "text.target")
     for name, value in zip(names, (beams, length_penalty, *languages), strict=True):
         if value is not None:
             raise UserError(f"--{name} {value}: is for translating, and {model} is a model of pictures")
-    source = open_source(Path(data), split)
+    source = held if isinstance(held, Source) else open_source(Path(data), split)
     if isinstance(source, BoxSource) != (loaded.task.name == "detect"):
         found = HOLDS["detect" if isinstance(source, BoxSource) else "classify"]
         raise UserError(f"{data}: holds {found}, and {model} {DOES[loaded.task.name]}; give data of its kind")
@@ -124,12 +133,16 @@ def evaluate_texts(
     return model.evaluate(pairs, **options, progress=count)
 
 
-def save_report(report: Any, folder: Path, data: str, *, split: str | None = None) -> tuple[str, ...]:
-    """Write a report; for boxes also a sheet of the pictures with the most mistakes. The names of the files."""
+def save_report(report: Any, folder: Path, model: str, data: str, *, split: str | None = None) -> tuple[str, ...]:
+    """Write what `evaluate` found of these; for boxes also a sheet of the pictures with the most mistakes.
+
+    Returns the names of the files.
+    """
     report.save(folder)
     if not isinstance(report, DetectionReport) or not report.worst:
         return report.files
-    source = open_source(Path(data), split)
+    held = held_out(Path(model), Path(data), []) if split is None else None
+    source = held if isinstance(held, Source) else open_source(Path(data), split)
     names = [scores.name for scores in report.classes]
 
     def compared(one: PictureMistakes) -> Compared:

@@ -261,7 +261,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     else:
         report.render(Console(highlight=False))
     if options.out is not None:
-        files = save_report(report, Path(options.out), options.data, split=options.split)
+        files = save_report(report, Path(options.out), options.model, options.data, split=options.split)
         print(f"{', '.join(files)} are in {options.out}", file=sys.stderr)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +43,6 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
 
 def predict_texts(model: Any, options: argparse.Namespace) -> int:
     """A line for each text."""
-    from pathlib import Path
 
     from saccade.data.text.parallel import read_texts
     from saccade.engine.progress import counter
@@ -54,7 +54,7 @@ def predict_texts(model: Any, options: argparse.Namespace) -> int:
     if options.input is not None and options.inputs:
         raise UserError(f"--input {options.input}: and texts as well; give one of both")
     for text in options.inputs:
-        if Path(text).suffix and len(text) < 256 and Path(text).is_file():
+        if os.path.splitext(text)[1] and os.path.isfile(text):
             raise UserError(
                 f"{text}: is a file, and texts are translated as they stand; for its lines, use --input {text}"
             )

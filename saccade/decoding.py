@@ -7,7 +7,7 @@ nothing. What the decoder knows of the past is kept by the model (`DecodingState
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from saccade.models.translator import Translator
 
 GONE = 0.25  # share of finished texts at which they are let go: it costs a copy of what the others keep
 BLOCK = 256  # of the vocabulary, of which the highest score is found first
+Most = int | Sequence[int]  # tokens of a translation, its end included: for all texts or for each
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Hypothesis:
 
 
 @torch.inference_mode()
-def greedy(model: Translator, source: Int[Tensor, "B S"], max_length: int) -> list[list[int]]:
+def greedy(model: Translator, source: Int[Tensor, "B S"], max_length: Most) -> list[list[int]]:
     """The most probable token each time, at most `max_length` of them, the end included."""
     return _one_by_one(model, source, max_length, lambda scores: scores.argmax(dim=-1))
 
@@ -40,7 +41,7 @@ def greedy(model: Translator, source: Int[Tensor, "B S"], max_length: int) -> li
 def sample(
     model: Translator,
     source: Int[Tensor, "B S"],
-    max_length: int,
+    max_length: Most,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -95,20 +96,26 @@ def _allowed(model: Translator, scores: Float[Tensor, "B W V"]) -> Float[Tensor,
     return scores
 
 
+def _for_each(max_length: Most, B: int) -> list[int]:
+    return [max_length] * B if isinstance(max_length, int) else [*max_length]
+
+
 def _one_by_one(
-    model: Translator, source: Tensor, max_length: int, choose: Callable[[Tensor], Tensor]
+    model: Translator, source: Tensor, max_length: Most, choose: Callable[[Tensor], Tensor]
 ) -> list[list[int]]:
     B = len(source)
+    limits = _for_each(max_length, B)
     found: list[list[int]] = [[] for _ in range(B)]
     if not B:
         return found
     state, tokens = model.begin(source), _beginning(model, source, 1)
     running = torch.arange(B, device=source.device)  # which text each row is of
-    said = torch.full((B, max_length), model.config.end, device=source.device)
+    said = torch.full((B, max(limits)), model.config.end, device=source.device)
+    most = torch.tensor(limits, device=source.device)
     open_ = torch.ones(B, dtype=torch.bool, device=source.device)
-    for time in range(max_length - 1):  # the last token can only be the end
+    for time in range(max(limits) - 1):  # the last token can only be the end
         chosen = choose(_allowed(model, state.advance(tokens))[:, 0])
-        chosen = torch.where(open_, chosen, model.config.end)
+        chosen = torch.where(open_ & (time < most[running] - 1), chosen, model.config.end)
         said[running, time] = chosen
         open_ = open_ & (chosen != model.config.end)
         left = int(open_.sum())
@@ -131,7 +138,7 @@ def _one_by_one(
 def beam_search(
     model: Translator,
     source: Int[Tensor, "B S"],
-    max_length: int,
+    max_length: Most,
     *,
     beams: int = 4,
     length_penalty: float = 1.0,
@@ -149,12 +156,13 @@ def beam_search(
     if not B:
         return found
     state, tokens = model.begin(source, W), _beginning(model, source, W)
+    limits = _for_each(max_length, B)
     running = list(range(B))  # which text each row is of
     finished = [False] * B
     sums = torch.full((B, W), -math.inf, device=device)
     sums[:, 0] = 0.0  # all beams begin alike: one of them is enough
     said = torch.empty((B, W, 0), dtype=torch.long, device=device)
-    for time in range(1, max_length):  # the last token can only be the end
+    for time in range(1, max(limits)):  # the last token can only be the end
         values, parents, chosen = _best(_allowed(model, state.advance(tokens)), sums, 2 * W)
         ends = chosen == model.config.end
         for k, w in ends[:, :W].nonzero().tolist():
@@ -170,6 +178,11 @@ def beam_search(
             if not finished[text]:
                 found[text] = _ranked(found[text])[:W]
                 finished[text] = len(found[text]) == W and best[k] <= found[text][-1].score
+                if not finished[text] and time == limits[text] - 1:
+                    found[text] = _with_cut(
+                        found[text], said[k].tolist(), sums[k].tolist(), limits[text], length_penalty
+                    )
+                    finished[text] = True
         left = [k for k, text in enumerate(running) if not finished[text]]
         if not left:
             return found
@@ -179,17 +192,24 @@ def beam_search(
             state.keep(rows)
             running = [running[k] for k in left]
             sums, tokens, said = sums[rows], tokens[rows], said[rows]
-    for text, totals, attempts in zip(running, sums.tolist(), said.tolist(), strict=True):
+    for text in running:  # which may say no token but the end
         if not finished[text]:
-            cut = [
-                Hypothesis(tuple(tokens), total / max_length**length_penalty, cut=True)
-                for tokens, total in zip(attempts, totals, strict=True)
-                if total > -math.inf
-            ]
-            found[text] = _ranked([*found[text], *cut])[:W]
-            if not found[text]:
-                raise UserError("no translation: the model's scores are no numbers; it is damaged, so get it anew")
+            found[text] = [Hypothesis((), 0.0, cut=True)]
     return found
+
+
+def _with_cut(
+    found: list[Hypothesis], attempts: list[list[int]], sums: list[float], most: int, length_penalty: float
+) -> list[Hypothesis]:
+    """What is complete and what the limit of `most` tokens ended, best first."""
+    cut = [
+        Hypothesis(tuple(tokens), total / most**length_penalty, cut=True)
+        for tokens, total in zip(attempts, sums, strict=True)
+        if total > -math.inf
+    ]
+    if not found and not cut:
+        raise UserError("no translation: the model's scores are no numbers; it is damaged, so get it anew")
+    return _ranked([*found, *cut])[: len(attempts)]
 
 
 def _ranked(hypotheses: list[Hypothesis]) -> list[Hypothesis]:

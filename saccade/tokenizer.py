@@ -60,6 +60,7 @@ class LearntTokenizer(Tokenizer):
         if None in ids:
             raise UserError(f"its tokenizer lacks one of {PAD} {START} {END} {UNKNOWN}; get the file anew")
         self.pad, self.start, self.end, self.unknown = ids
+        inner.encode_special_tokens = True  # a text that says <s> says three characters
         numbers = sorted(inner.get_vocab().values())
         if numbers != list(range(len(numbers))):
             raise UserError("the tokens of its tokenizer are not numbered one after the other; get the file anew")
@@ -98,7 +99,8 @@ def learn_tokenizer(texts: Sequence[str], size: int, kind: str = "bpe") -> Learn
     special = [PAD, START, END, UNKNOWN]
     if kind == "bpe":
         inner = Inner(models.BPE(unk_token=UNKNOWN))
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+        most = max(1, size // 2)  # characters: the rarest of many are unknown, so that words have room, too
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, limit_alphabet=most, show_progress=False)
     else:
         inner = Inner(models.Unigram())
         trainer = trainers.UnigramTrainer(
@@ -113,7 +115,10 @@ def learn_tokenizer(texts: Sequence[str], size: int, kind: str = "bpe") -> Learn
         ]
     )
     inner.decoder = decoders.Metaspace(replacement=WORD)  # pyright: ignore[reportAttributeAccessIssue]
-    inner.train_from_iterator(_cleaned(texts), trainer=trainer, length=len(texts))
+    try:
+        inner.train_from_iterator(_cleaned(texts), trainer=trainer, length=len(texts))
+    except Exception as error:  # `tokenizers` has no other
+        raise UserError(f"--text.vocabulary {size}: no {kind} tokenizer can be learnt ({error}); allow more") from None
     return LearntTokenizer(inner)
 
 

@@ -120,3 +120,20 @@ def test_numbers_without_a_piece(marian: MarianTokenizer) -> None:
 def test_halves_of_characters_are_unknown(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode(["Two \ud800"]) == tokenizer.encode(["Two \ufffd"])
     assert whole("Zwei 🎉 ▁ \u2028") == "Zwei 🎉 ▁ \u2028" and whole("\ud83c\udf89") == "🎉"
+
+
+def test_names_of_steering_tokens_are_text(learnt: LearntTokenizer) -> None:
+    (tokens,) = learnt.encode(["Two <s> </s> <pad>"])
+    assert not {learnt.pad, learnt.start, learnt.end} & {*tokens[:-1]}
+    assert len(learnt.pieces(tokens)) == len(tokens) - 1
+    (again,) = read_tokenizer(learnt.to_text(), "file").encode(["Two <s> </s> <pad>"])
+    assert again == tokens
+
+
+def test_a_vocabulary_has_the_size_that_was_asked_for() -> None:
+    """Also where there are more characters than that: the rarest are unknown, and words still have tokens."""
+    many = ["".join(chr(0x4E00 + (7 * i + k) % 900) for k in range(9)) for i in range(900)] + TEXT * 20
+    learnt = learn_tokenizer(many, 200)
+    assert learnt.size == 200 and any(len(piece) > 2 for piece in learnt.inner.get_vocab() if piece[0] != "<")
+    with pytest.raises(UserError, match="text.vocabulary 200: no unigram tokenizer can be learnt"):
+        learn_tokenizer(many, 200, "unigram")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +49,14 @@ class Row(ABC):
         known = {field.name for field in fields(self)}
         if unknown := [name for name in values if name not in known]:
             raise UserError(f"network.{unknown[0]}: a model of the family {self.family!r} has no such setting")
-        return replace(self, **values, **({} if image_size is None else {"image_size": image_size}))
+        row = replace(self, **values, **({} if image_size is None else {"image_size": image_size}))
+        try:  # `replace` looks at no types
+            return TypeAdapter(type(self)).validate_python({name: getattr(row, name) for name in known})
+        except ValidationError as error:
+            faults = "; ".join(
+                f"network.{e['loc'][0]} {values.get(str(e['loc'][0]))}: {e['msg']}" for e in error.errors()
+            )
+            raise UserError(f"{faults} (for models of the family {self.family!r})") from None
 
     def is_like(self, other: Row) -> bool:
         """Do weights of one fit the other, but for a table of positions of another size?"""

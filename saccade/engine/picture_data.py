@@ -39,7 +39,7 @@ class PictureData:
         self.config, self.world, self.device = config, world, device
         self.splits, self.train_sizes, self.val_sizes = open_measured(Path(config.data), config.val, config.sources)
         self.path, self.task = self.splits.train.path, self.splits.task
-        self.class_names, self.notes = self.splits.train.class_names, self.splits.notes
+        self.class_names, self.notes, self.val = self.splits.train.class_names, self.splits.notes, self.splits.val
         unreadable(self.splits.train, self.train_sizes, config.sources, "training")
         failed = unreadable(self.splits.val, self.val_sizes, config.sources, "validation")
         self.notes += [unmeasured(what) for what in failed]

@@ -39,6 +39,7 @@ class RunData(Protocol):
     task: str  # what can be learnt from it
     class_names: tuple[str, ...]  # none for texts
     notes: list[str]
+    val: Any  # samples to measure on
     samples: str  # what they are called, in the plural
     counted: str  # in what speed is counted
     smaller: str  # the setting by which a step becomes shorter

@@ -134,6 +134,7 @@ class TextData:
         """Batches of texts are the same for every task; how long translations are is not."""
         assert isinstance(task, TranslationTask)
         task.expect(self.train_pairs.lengths)
+        task.into = self.train.languages[1]
 
     def train_batches(self, start: int, stop: int | None) -> Generator[TextBatch, None, None]:
         for indices in self.plan.batches(start, stop):

@@ -44,6 +44,7 @@ from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector
 from saccade.models.translator import Translator
 from saccade.tasks import Task, build_task
+from saccade.tasks.processes import mean_over_processes
 from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model, write_atomically
 from saccade.words import counted
@@ -306,6 +307,14 @@ class StepResult:
     unreadable: list[tuple[int, str]]
 
 
+def _shares(session: Session, group: list[AnyBatch]) -> list[float]:
+    """What each batch of a step counts: as many of what is learnt from as it holds, in all processes."""
+    if len(group) == 1:
+        return [1.0]
+    amounts = [mean_over_processes(session.data.amount(batch), session.device).item() for batch in group]
+    return [amount / sum(amounts) for amount in amounts]
+
+
 def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> StepResult:
     """One optimizer step over `accumulate` batches. With a fault, nothing has changed afterwards."""
     config, device = session.config, session.device
@@ -318,12 +327,12 @@ def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> Step
         assert not isinstance(session.model, Translator)  # it has no head
         session.model.backbone.eval()  # a frozen backbone's statistics stay, too
     loss_sum, fault, grad_norm = 0.0, "", math.nan
-    for batch in group:
+    for batch, share in zip(group, _shares(session, group), strict=True):
         batch = batch.to(device)
         with autocast(device, session.precision):
             outputs = session.task.forward(session.network, session.data.inputs(batch), batch.targets)
         losses = session.task.losses(outputs, batch.targets)
-        loss = torch.stack(list(losses.values())).sum() / accumulate
+        loss = torch.stack(list(losses.values())).sum() * share
         loss_sum += loss.item()
         finite = not distributed.agree([not math.isfinite(loss_sum)], session.world)[0]
         if not finite:

@@ -131,6 +131,7 @@ class TextModel:
         decoding = DecodingConfig(beams=beams, length_penalty=length_penalty)
         config = RunConfig(data="", text=TextConfig(max_length=min(most, 4096)), decoding=decoding)
         task = TranslationTask(self.tokenizer, config, self.network.config)
+        task.into = pairs.languages[1]
         sides = [self.tokenizer.encode(side, target=k == 1) for k, side in enumerate((pairs.sources, pairs.targets))]
         cut = [[self._cut(each) for each in side] for side in sides]
         long = [i for i, both in enumerate(zip(*sides, strict=True)) if max(map(len, both)) > most]
@@ -173,7 +174,8 @@ class TextModel:
                 members = [int(i) for i in order[first : first + batch_size]]
                 full = [i for i in members if len(encoded[i][0]) > 1]
                 source = self._padded([encoded[i][0] for i in full])
-                hypotheses = search(self.network, source, self._most(source.shape[1]), start + first)
+                most = [self._most(len(encoded[i][0])) for i in full]
+                hypotheses = search(self.network, source, most, start + first)
                 for i, hypothesis in zip(full, hypotheses, strict=True):
                     found[i] = self._translation(part[i], encoded[i], hypothesis, explained, search.scored)
                 for i in set(members) - set(full):
@@ -253,7 +255,7 @@ class Search:
     def scored(self) -> bool:
         return self.temperature is None
 
-    def __call__(self, network: Translator, source: Tensor, most: int, number: int) -> list[Hypothesis]:
+    def __call__(self, network: Translator, source: Tensor, most: list[int], number: int) -> list[Hypothesis]:
         """One for each text of a batch, whose `number` makes it draw other tokens than its neighbours."""
         if self.temperature is None:
             found = beam_search(network, source, most, beams=self.beams, length_penalty=self.length_penalty)
@@ -263,7 +265,7 @@ class Search:
         drawn = sample(
             network, source, most, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator
         )
-        return [Hypothesis(tuple(tokens), 0.0, len(tokens) == most - 1) for tokens in drawn]
+        return [Hypothesis(tuple(each), 0.0, len(each) == m - 1) for each, m in zip(drawn, most, strict=True)]
 
 
 def relevance(network: Translator, source: Tensor, inputs: Tensor, said: Sequence[int]) -> np.ndarray:
@@ -272,7 +274,7 @@ def relevance(network: Translator, source: Tensor, inputs: Tensor, said: Sequenc
     The size of gradient times input, summed over channels (https://arxiv.org/abs/1312.6034 has the gradient alone);
     rows sum to one.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # whose recurrences go back only in training
         embedded = network.embed_source(source).detach().requires_grad_()
         scores = network.outputs(network.hidden(source, inputs, embedded)).logits[0].log_softmax(dim=-1)
         rows = []

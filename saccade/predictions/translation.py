@@ -63,8 +63,11 @@ class Translation:
         named = "".join(letter if letter.isalnum() else "-" for letter in self.source[:NAME]).strip("-") or "text"
         written = write_new(self._draw(), path, f"{named}.png")
         data = written.with_suffix(".json")
+        if data.exists():  # that of a picture of another format
+            data = written.with_name(f"{written.name}.json")
         try:
-            data.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            with open(data, "x", encoding="utf-8") as file:
+                file.write(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{data}: cannot be written ({error.strerror or error})") from None
         return written

@@ -50,6 +50,7 @@ class TranslationTask:
         self.label_smoothing = config.loss.label_smoothing
         self.decoding = config.decoding
         self.most = min(config.text.max_length, row.max_length)
+        self.into = ""  # the language of translations, where it is known
         self.longer: float | None = None  # how much longer than their texts translations are expected to be at most
 
     def expect(self, lengths: Int[np.ndarray, "N 2"]) -> None:
@@ -65,7 +66,9 @@ class TranslationTask:
     def longest(self, length: int) -> int:
         """Of a translation, in tokens, its end included, for a text of `length` tokens."""
         most = min(self.most, 2 * length + 20)  # a translation that long repeats itself
-        return most if self.longer is None else min(most, math.ceil(self.longer * (length + FEW)) - FEW + SPARE)
+        if self.longer is None:
+            return most
+        return min(most, max(2, math.ceil(self.longer * (length + FEW)) - FEW + SPARE))
 
     def forward(self, network: nn.Module, source: Int[Tensor, "B S"], targets: TextTargets) -> TranslationOutputs:
         """The decoder is given the reference up to each place; scores (M, V) of all places that are no padding."""
@@ -100,15 +103,16 @@ class TranslationTask:
         return Answer(losses, found, time.perf_counter() - began)
 
     def translate(self, model: Translator, source: Int[Tensor, "B S"]) -> list[Hypothesis]:
-        most = self.longest(source.shape[1])
+        most = [self.longest(length) for length in (source != self.row.pad).sum(dim=1).tolist()]
         if self.decoding.beams == 1:
-            return [Hypothesis(tuple(each), math.nan, len(each) == most - 1) for each in greedy(model, source, most)]
+            said = greedy(model, source, most)
+            return [Hypothesis(tuple(each), math.nan, len(each) == m - 1) for each, m in zip(said, most, strict=True)]
         found = beam_search(model, source, most, beams=self.decoding.beams, length_penalty=self.decoding.length_penalty)
         return [hypotheses[0] for hypotheses in found]
 
     def metric(self) -> TranslationMetric:
         beams, penalty = self.decoding.beams, self.decoding.length_penalty
-        return TranslationMetric("greedy" if beams == 1 else f"{beams} beams, length penalty {penalty:g}")
+        return TranslationMetric("greedy" if beams == 1 else f"{beams} beams, length penalty {penalty:g}", self.into)
 
     def update(self, metric: TranslationMetric, answer: Answer, targets: TextTargets) -> None:
         texts = self.tokenizer.decode([found.tokens for found in answer.translations])

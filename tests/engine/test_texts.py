@@ -16,7 +16,7 @@ from PIL import Image
 
 import saccade
 from saccade.cli import main
-from saccade.config import PreprocessingConfig
+from saccade.config import NetworkConfig, PreprocessingConfig
 from saccade.data.text.parallel import open_pairs
 from saccade.engine.translate import TextModel, relevance
 from saccade.errors import UserError
@@ -36,7 +36,7 @@ def make_model(path: Path, name: str = "transformer_tiny", **changes: Any) -> Pa
     tokenizer = learn_tokenizer(TEXT, 90)
     row = model_row(name)
     assert isinstance(row, TranslatorRow)
-    row = replace(row, width=16, vocabulary=tokenizer.size, max_length=24, **changes)
+    row = replace(row, **{"width": 16, "vocabulary": tokenizer.size, "max_length": 24, **changes})
     torch.manual_seed(0)
     network = build_network(row, 0)
     assert isinstance(network, Translator)
@@ -281,3 +281,40 @@ def test_tokenizer_of_another_model(file: Path, tmp_path: Path) -> None:
         save_model(tmp_path / "m.safetensors", network.state_dict(), replace(card, tokenizer=tokenizer))
         with pytest.raises(UserError, match=message):
             TextModel.load(tmp_path / "m.safetensors")
+
+
+def test_a_limit_is_that_of_the_text_alone(tmp_path: Path) -> None:
+    """Translations that do not end stop where they would without neighbours."""
+    path = make_model(tmp_path / "model.safetensors", heads=2, hidden=24, encoder_depth=1, max_length=400)
+    model = saccade.load(str(path), device="cpu")
+    texts = ["dog", "A dog runs here. " * 12]
+    together = model.translate(texts, beams=1)
+    assert [each.text for each in together] == [model.translate(text, beams=1)[0].text for text in texts]
+    assert any(each.cut for each in together), "all ended by themselves, which proves nothing"
+
+
+def test_explanations_of_both_formats_keep_their_data(model: TextModel, tmp_path: Path) -> None:
+    (found,) = model.translate("A dog runs here.", explained=True)
+    (other,) = model.translate("A cat.", explained=True)
+    found.save(tmp_path / "x.png")
+    other.save(tmp_path / "x.jpg")
+    kept = [json.loads((tmp_path / name).read_text())["source"] for name in ("x.json", "x.jpg.json")]
+    assert kept == ["A dog runs here.", "A cat."]
+
+
+def test_steering_tokens_in_a_text(file: Path, tmp_path: Path) -> None:
+    assert main(["predict", str(file), "Use <s> and </s>.", "--save", str(tmp_path / "out"), "--device=cpu"]) == 0
+    assert main(["predict", str(file), "Г" * 150 + ". Что это?", "--device=cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("transformer_tiny", "mlp", "gelu_tanh"),
+        ("transformer_tiny", "mlp", "swiglu"),
+        ("gru", "attention", "full"),
+    ],
+)  # fmt: skip
+def test_settings_that_a_model_file_could_not_hold_are_refused(name: str, setting: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"network.{setting} {value}: .*family"):
+        model_row(name).changed(NetworkConfig.model_validate({setting: value}))

@@ -283,3 +283,11 @@ def test_other_data_is_refused(texts: Path, tmp_path: Path) -> None:
     (folder / "train.de").write_text("\n".join([*lines[:-1], "Etwas anderes."]) + "\n")
     with pytest.raises(UserError, match="is not the data that"):
         engine.train(settings, resume=True, show=False)
+
+
+def test_accumulated_batches_count_every_token_alike(texts: Path, tmp_path: Path) -> None:
+    session = engine.open_session(config(texts, tmp_path / "run", optimizer={"accumulate": 3}), World())
+    group = [batch for batch, _ in zip(session.data.train_batches(0, 3), range(3), strict=True)]
+    amounts = [batch.targets.count for batch in group]
+    assert len({*amounts}) > 1
+    assert engine._shares(session, group) == pytest.approx([amount / sum(amounts) for amount in amounts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import sacrebleu
@@ -45,3 +46,23 @@ def test_processes_join() -> None:
 def test_nothing_is_no_measure() -> None:
     with pytest.raises(UserError, match="no text"):
         TranslationMetric("greedy").compute()
+
+
+def test_languages_without_spaces_are_taken_apart_otherwise(tmp_path: Path) -> None:
+    said, meant = "一只狗在雪地里跑。", "一只狗在雪地上跑。"
+    reports = {}
+    for language in ("zh", "ja", "de"):
+        metric = TranslationMetric("greedy", language)
+        metric.update([Example(0, "A dog.", said, meant)], [1.0], 4, 5, 0.5, 0)
+        reports[language] = metric.compute()
+    assert "tok:zh" in reports["zh"].bleu_signature and "tok:char" in reports["ja"].bleu_signature
+    assert reports["zh"].bleu == sacrebleu.corpus_bleu([said], [[meant]], tokenize="zh").score > 40
+    assert reports["de"].bleu < 1
+
+
+def test_translations_are_saved_as_they_are(tmp_path: Path) -> None:
+    metric = TranslationMetric("greedy")
+    metric.update([Example(0, 'He said "hi"', "a\tb\nc", "'")], [1.0], 4, 5, 0.5, 0)
+    metric.compute().save(tmp_path)
+    lines = (tmp_path / "translations.tsv").read_text(encoding="utf-8").split("\n")
+    assert lines == ["source\ttranslation\treference", "He said \"hi\"\ta b c\t'", ""]

@@ -188,3 +188,17 @@ def test_highest_by_blocks(size: int) -> None:
     values[0, -3:] = torch.tensor([9.0, 8.0, 7.0])
     found, expected = _top(values, 8), values.topk(8)
     assert torch.equal(found[0], expected.values) and torch.equal(found[1], expected.indices)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_text_has_a_limit_of_its_own(name: str) -> None:
+    """One that goes on to a higher limit changes nothing for its neighbours."""
+    model, source = model_that_ends(name), sources()
+    limits = [2, 9, 3, 5, 4, 2, 12, 6, 3]
+    assert greedy(model, source, limits) == [
+        plain_greedy(model, alone(row), most) for row, most in zip(source, limits, strict=True)
+    ]
+    for row, most, hypotheses in zip(source, limits, beam_search(model, source, limits, beams=3), strict=True):
+        expected = beam_search(model, alone(row), most, beams=3)[0]
+        assert [(each.tokens, each.cut) for each in hypotheses] == [(each.tokens, each.cut) for each in expected]
+        assert max(len(each.tokens) for each in hypotheses) < most

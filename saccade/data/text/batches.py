@@ -103,11 +103,16 @@ class TrainPlan:
             edges.append(int(np.ceil(STEP * edges[-1])))
         bucket = np.searchsorted(edges, longest)
         self.buckets: list[tuple[np.ndarray, int]] = []  # (pairs, how many make a batch)
+        groups: list[np.ndarray] = []
         for k in range(len(edges)):
             pairs = np.flatnonzero(bucket == k)
-            if len(pairs):
-                reach = int(longest[pairs].max())
-                self.buckets.append((pairs, max(1, tokens // reach // world) * world))
+            if groups and len(groups[-1]) < world:  # too few for a batch of all processes: they join longer ones
+                pairs = np.concatenate((groups.pop(), pairs))
+            groups += [pairs] if len(pairs) else []
+        if len(groups) > 1 and len(groups[-1]) < world:
+            groups[-2:] = [np.concatenate(groups[-2:])]
+        for pairs in groups:
+            self.buckets.append((pairs, max(1, tokens // int(longest[pairs].max()) // world) * world))
         self.per_epoch = sum(self._count(len(pairs), size) for pairs, size in self.buckets)
         if not self.per_epoch:
             raise UserError(f"{len(lengths)} pairs are too few for {world} processes; use fewer processes")

@@ -111,13 +111,13 @@ def find_pairs(
     if path.is_file():
         if _stem(path)[1] not in SUFFIXES:
             raise UserError(f"{path}: not parallel text; give a folder with NAME.en and NAME.de, a .tsv or a .jsonl")
-        tables, parallel = {_split_name(_stem(path)[0]) or "all": path}, {}
+        tables, parallel = [(_split_name(_stem(path)[0]) or "all", path)], {}
     else:
         parallel, tables = _parallel(path), _tables(path)
     if parallel:
         _find_parallel(path, parallel, (source, target), usual, found)
     elif tables:
-        for name, file in tables.items():
+        for name, file in tables:
             _find_table(name, file, (source, target), usual, found)
     else:
         kinds = "NAME.en and NAME.de (also .gz), .tsv or .jsonl"
@@ -152,6 +152,7 @@ def open_text_splits(
     if train is None:
         raise UserError(f"{path}: no train split among {', '.join(found.splits)}; rename one to train.*")
     held_out = found.splits.get("val") if val is None else _to_measure(beside, val, None)
+    held_out = None if held_out is train else held_out
     if held_out is None:
         order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(train))
         size = min(max(1, round(val_fraction * len(train))), len(train) - 1, 2000)
@@ -375,10 +376,10 @@ def parting(a: Sequence[str], b: Sequence[str]) -> int:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _tables(folder: Path) -> dict[str, Path]:
-    """Split -> table of text; tables of pictures have other columns."""
+def _tables(folder: Path) -> list[tuple[str, Path]]:
+    """Splits and tables of text; tables of pictures have other columns."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and _stem(path)[1] in SUFFIXES]
-    return {_split_name(_stem(path)[0]) or _stem(path)[0]: path for path in files if _is_text_table(path)}
+    return [(_split_name(_stem(path)[0]) or _stem(path)[0], path) for path in files if _is_text_table(path)]
 
 
 def _is_text_table(path: Path) -> bool:
@@ -393,7 +394,7 @@ def _is_text_table(path: Path) -> bool:
         return len(cells) >= 2 and not {cell.lower() for cell in cells} & OF_PICTURES
     try:
         row = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and len(_texts(row)) >= 2 and not {*row} & OF_PICTURES
 
@@ -503,6 +504,10 @@ def _add(
 ) -> None:
     """Leave out pairs with an empty side, and say so."""
     of, into = languages
+    if name in found.splits:
+        what = f"is the split {name!r}, as {found.splits[name].places[0]} is; rename or remove one of them"
+        found.problems.append(Problem("split_twice", places[0], what))
+        return
     full = [bool(one.strip()) and bool(other.strip()) for one, other in zip(sources, targets, strict=True)]
     if not any(full):
         what = "holds no pair with text on both sides; a text and its translation belong on the same line"

@@ -71,3 +71,13 @@ def test_evaluation_sees_each_once_in_one_order() -> None:
 def test_a_text_longer_than_a_batch_is_refused() -> None:
     with pytest.raises(UserError, match="the longest text alone has"):
         TrainPlan(pairs().lengths, 20, seed=0)
+
+
+def test_the_only_pair_of_its_length_is_learnt_by_several_processes() -> None:
+    lengths = np.full((41, 2), 8)
+    lengths[40] = 60  # alone in its bucket
+    lengths[:2] = 3  # fewer than the processes
+    plan = TrainPlan(lengths, 256, seed=0, world=4)
+    drawn = {int(i) for epoch in range(30) for batch in plan.epoch(epoch) for i in batch}
+    assert drawn == {*range(41)}
+    assert all(len(batch) % 4 == 0 for batch in plan.epoch(0))

@@ -232,3 +232,28 @@ def test_real_data() -> None:
     splits = open_text_splits(folder)
     assert (len(splits.train), len(splits.val), len(open_pairs(folder, "test_2016_flickr"))) == (28129, 986, 1000)
     assert splits.train.languages == ("en", "de")
+
+
+def test_nothing_is_measured_on_what_is_learnt(tmp_path: Path) -> None:
+    """Even where the only split is called val."""
+    lines = [f"{i} {line}" for i, line in enumerate(text(40))]
+    splits = open_text_splits(write(tmp_path / "val.tsv", [f"{one}\t{one} too" for one in lines]))
+    assert len(splits.val) == 8 and not {*splits.train.sources} & {*splits.val.sources}
+
+
+@pytest.mark.parametrize("names", [("val.en", "dev.en"), ("train.jsonl", "train.tsv")], ids=str)
+def test_a_split_that_is_there_twice(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        if name.endswith(".en"):
+            write(tmp_path / name, text(8))
+            write(tmp_path / name.replace(".en", ".de"), text(8))
+        else:
+            lines = [f"{one}\t{one}" if name.endswith("tsv") else json.dumps({"en": one, "de": one}) for one in text(8)]
+            write(tmp_path / name, lines)
+    (problem,) = (each for each in find_pairs(tmp_path).problems if each.kind == "split_twice")
+    assert problem.refuses and names[0] in problem.where + problem.what and names[1] in problem.where + problem.what
+
+
+def test_a_table_that_is_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("[" * 100_000 + "\n")
+    assert not holds_text(tmp_path)
