@@ -66,7 +66,9 @@ def without_hint(stack: ExitStack, settings: dict[str, Any]) -> None:
 PARTS: dict[str, Change] = {
     "everything": without_nothing,
     "no several places an object": with_loss(GlanceLoss(several=1)),
-    "focal loss, not matchability": with_loss(GlanceLoss(decoder=replace(DECODER, class_loss=focal_loss))),
+    "focal loss in the decoder, not matchability": with_loss(
+        GlanceLoss(decoder=replace(DECODER, class_loss=focal_loss))
+    ),
     "no hint of rivals": without_hint,
     "no denoising": without_denoising,
     "no mosaic": with_settings(augment={"mosaic": 0.0}),

@@ -231,3 +231,13 @@ def test_recipes_of_another_task_are_refused(boxes: Path, run: Callable[..., Any
 def test_thresholds_from_python(trained: Path, boxes: Path, threshold: Any) -> None:
     with pytest.raises(saccade.UserError, match="from 0 to 1"):
         saccade.load(str(trained)).predict(boxes / "images" / "val0.png", threshold=threshold)
+
+
+def test_coco_ids_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    values = {"images": [{"id": 7, "file_name": "images\\a.png"}], "categories": [{"id": 3, "name": "dog "}]}
+    (tmp_path / "val.json").write_text(json.dumps(values), encoding="utf-8-sig")
+    ids = CocoIds.read(tmp_path / "val.json", ("dog",))
+    assert ids.pictures == {"a.png": 7} and ids.categories == (3,)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(saccade.UserError, match=r"deep\.json: .*export it again"):
+        CocoIds.read(tmp_path / "deep.json", ("dog",))

@@ -267,7 +267,8 @@ class BoxSource(Source):
         )
 
     def counts(self) -> np.ndarray:
-        return np.bincount(self.labels, minlength=len(self.class_names))
+        """Without crowds, from which nothing is learnt."""
+        return np.bincount(self.labels[~self.crowd], minlength=len(self.class_names))
 
     def with_classes(self, class_names: tuple[str, ...]) -> Self:
         if class_names == self.class_names:

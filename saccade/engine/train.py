@@ -315,6 +315,16 @@ def _shares(session: Session, group: list[AnyBatch]) -> list[float]:
     return [amount / sum(amounts) for amount in amounts]
 
 
+def _forward(session: Session, batch: AnyBatch) -> Any:
+    try:
+        return session.task.forward(session.network, session.data.inputs(batch), batch.targets)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        small = "normalises over a batch, and this one is a single value in a channel"
+        raise UserError(f"--model {session.config.model}: {small}; use a larger --batch-size or --image-size") from None
+
+
 def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> StepResult:
     """One optimizer step over `accumulate` batches. With a fault, nothing has changed afterwards."""
     config, device = session.config, session.device
@@ -330,7 +340,7 @@ def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> Step
     for batch, share in zip(group, _shares(session, group), strict=True):
         batch = batch.to(device)
         with autocast(device, session.precision):
-            outputs = session.task.forward(session.network, session.data.inputs(batch), batch.targets)
+            outputs = _forward(session, batch)
         losses = session.task.losses(outputs, batch.targets)
         loss = torch.stack(list(losses.values())).sum() * share
         loss_sum += loss.item()
@@ -445,9 +455,7 @@ def full_weights(session: Session) -> dict[str, torch.Tensor]:
     return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
-def describe(
-    session: Session, plan: Plan, scalars: dict[str, float], threshold: float | None, step: int
-) -> ModelCard:
+def describe(session: Session, plan: Plan, scalars: dict[str, float], threshold: float | None, step: int) -> ModelCard:
     from saccade import __version__
 
     config, data = session.config, session.data

@@ -319,7 +319,12 @@ class DeformableDetr(Detector):
         return [*self.backbone.layers, *self.encoder, *self.decoder]
 
     def class_tensors(self) -> tuple[str, ...]:
-        return tuple(f"classes.{i}.{name}" for i in range(len(self.classes)) for name in ("weight", "bias"))
+        of_classes = len(self.classes) - self.config.two_stage
+        return tuple(f"classes.{i}.{name}" for i in range(of_classes) for name in ("weight", "bias"))
+
+    def proposal_tensors(self) -> tuple[str, ...]:
+        last = len(self.classes) - 1
+        return (f"classes.{last}.weight", f"classes.{last}.bias") if self.config.two_stage else ()
 
 
 def moved(reference: Float[Tensor, "*B Q R"], change: Float[Tensor, "*B Q 4"]) -> Float[Tensor, "*B Q 4"]:

@@ -106,6 +106,10 @@ class Detector(nn.Module, ABC):
     def class_tensors(self) -> tuple[str, ...]:
         """The tensors with a row per class (and perhaps one for nothing after them)."""
 
+    def proposal_tensors(self) -> tuple[str, ...]:
+        """Those whose first row says whether there is anything, of whatever class, and whose other rows say nothing."""
+        return ()
+
     def depth_of(self, parameter: str) -> int:
         """For layer-wise learning rates: those of the backbone count, all after it is the deepest."""
         if self.in_backbone(parameter):

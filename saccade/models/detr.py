@@ -116,7 +116,8 @@ class Detr(Detector):
     def _answer(self, states: list[Tensor]) -> DetectionOutputs:
         """What every block of the decoder says: they share the last norm and the heads."""
         x = self.norm(torch.stack(states))  # (L, B, Q, C)
-        logits, boxes = self.classes(x), self.boxes(x).sigmoid()
+        logits, change = self.classes(x), self.boxes(x)
+        boxes = change.to(torch.promote_types(change.dtype, torch.float32)).sigmoid()  # a step of bfloat16 is 1 / 256
         return DetectionOutputs(tuple(map(LayerOutputs, logits, boxes)))
 
     @property

@@ -13,6 +13,7 @@ from saccade.layers.boxes import generalised_iou, iou, to_corners
 from saccade.models.detector import BoxTargets
 from saccade.models.glance import Denoising, Dense, GlanceOutputs
 from saccade.tasks.matching import Weights, focal_cost
+from saccade.tasks.processes import mean_over_processes
 from saccade.tasks.set_loss import Pairs, SetLoss, mean_count
 
 GAMMA = 1.5  # of matchability
@@ -83,10 +84,11 @@ def dense_losses(dense: Dense, targets: BoxTargets, count: Tensor, most: int) ->
     found = dense.boxes[several.picture, several.place].float()  # (P, 4)
     truth = to_corners(targets.boxes)[several.target]
     sizes = targets.boxes[several.target, 2:].repeat(1, 2)
-    weight = several.share / several.share.sum().clamp_min(1.0)
+    shares = mean_over_processes(several.share.sum(), several.share.device).clamp_min(1.0)
+    weight = several.share / shares
     off = ((found - truth) / sizes.clamp_min(1e-3)).abs().clamp_max(10.0).mean(dim=1)
     return {
-        "places": _place_loss(dense.many, several, targets) / several.share.sum().clamp_min(1.0),
+        "places": _place_loss(dense.many, several, targets) / shares,
         "places_giou": 2.0 * (weight * (1 - generalised_iou(found, truth))).sum(),
         "places_l1": 1.0 * (weight * off).sum(),
         "choice": _place_loss(dense.one, one, targets) / count,
@@ -129,7 +131,8 @@ def assign_places(dense: Dense, logits: Float[Tensor, "B N K"], targets: BoxTarg
     fit = score**SCORE_POWER * overlap**OVERLAP_POWER * inside
     best, place = fit.topk(min(most, N), dim=1)  # (M, P)
     target = torch.arange(M, device=fit.device)[:, None].expand_as(place)
-    taken = best > 1e-12
+    highest = best.amax(dim=1, keepdim=True)
+    taken = best > 1e-12 * highest  # of tiny things all are small: the power of an overlap of 0.01 is 1e-12
     # of several objects at one place only the one with the largest overlap stays
     key = targets.picture[:, None] * N + place
     here = overlap.gather(1, place)
@@ -137,5 +140,5 @@ def assign_places(dense: Dense, logits: Float[Tensor, "B N K"], targets: BoxTarg
         0, key[taken], here[taken], "amax", include_self=True
     )
     taken = taken & (here >= largest[key])
-    share = best / best.amax(dim=1, keepdim=True).clamp_min(1e-12) * here.amax(dim=1, keepdim=True)
+    share = best / highest.clamp_min(torch.finfo(best.dtype).tiny) * here.amax(dim=1, keepdim=True)
     return Assigned(targets.picture[target[taken]], place[taken], target[taken], share[taken])

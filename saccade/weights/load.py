@@ -120,6 +120,10 @@ def initial_network(
                 weights[name] = moved
         else:
             weights.update({name: fresh[name] for name in head})
+            for name in network.proposal_tensors() if isinstance(network, Detector) else ():
+                first = weights[name][0]
+                weights[name] = fresh[name].clone()
+                weights[name][0] = first
             old = f"its head for {len(card.class_names)} other classes is left out; " if card.class_names else ""
             notes.append(f"{old}a new head for {K}")
     inner = {name.removeprefix(PREFIX): weights.pop(name) for name in list(weights) if name.startswith(PREFIX)}

@@ -34,7 +34,7 @@ def test_everything_of_a_healthy_set(coco_set, things, contents):
     assert contents(train) == same_as(things, "train") and contents(val) == same_as(things, "val")
     assert train.boxes.dtype == np.float32 and train.labels.dtype == np.int64 and train.crowd.dtype == np.bool_
     assert train.numbers == (10, 17, 24, 31)
-    assert train.counts().tolist() == [4, 4, 3] and train.declared.tolist() == [[60, 80], [48, 64], [72, 54], [60, 60]]
+    assert train.counts().tolist() == [4, 3, 3] and train.declared.tolist() == [[60, 80], [48, 64], [72, 54], [60, 60]]
     assert train.place(1, 5) == f"{root / 'train.json'}, annotation 116"
     again = pickle.loads(pickle.dumps(train))
     assert contents(again) == contents(train) and again.read(0) == train.read(0)
@@ -137,7 +137,7 @@ def test_one_class_and_classes_without_objects_are_fine(coco_set):
     for data in (coco_set.train, coco_set.val):
         data["annotations"] = [one for one in data["annotations"] if one["category_id"] == 5]
     splits = open_splits(coco_set.write())
-    assert splits.train.class_names == ("dog", "cat", "bird") and splits.train.counts().tolist() == [0, 4, 0]
+    assert splits.train.class_names == ("dog", "cat", "bird") and splits.train.counts().tolist() == [0, 3, 0]
     for data in (coco_set.train, coco_set.val):
         data["categories"] = [{"id": 5, "name": "cat"}]
     splits = open_splits(coco_set.write())
@@ -265,3 +265,16 @@ def test_real_data(shared):
     for name in ("nuclei", "coco_panoptic_sample"):
         with pytest.raises(UserError, match="panoptic"):
             open_splits(shared / name)
+
+
+def test_crowds_are_no_objects_to_learn_from(coco_set):
+    for one in coco_set.train["annotations"]:
+        one["iscrowd"] = int(one["category_id"] == 5)
+    splits = open_splits(coco_set.write())
+    assert splits.train.counts()[splits.train.class_names.index("cat")] == 0
+    assert any("no objects of cat to learn from" in note for note in splits.notes)
+
+
+def test_a_category_of_too_many_digits(coco_set):
+    coco_set.train["categories"].append({"id": "9" * 5000, "name": "elk"})
+    assert "elk" in open_splits(coco_set.write()).train.class_names

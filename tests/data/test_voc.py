@@ -172,3 +172,37 @@ def test_real_data(shared):
         assert (other.boxes - mine.boxes == [1, 1, 0, 0]).all()
         checked += len(mine)
     assert checked == 382
+
+
+def test_a_path_with_dots_inside(voc_set, things, contents):
+    for file in (voc_set / "ImageSets" / "Main").iterdir():
+        file.unlink()
+    found = find(voc_set / ".." / voc_set.name)
+    assert found.problems == [] and contents(found.splits["all"]) == {
+        **same_as(things, "train"), **same_as(things, "val")
+    }  # fmt: skip
+
+
+def test_an_encoding_that_does_not_exist(voc_set):
+    file = voc_set / "Annotations" / "b.xml"
+    file.write_text('<?xml version="1.0" encoding="xxx"?>' + file.read_text())
+    (problem,) = find(voc_set).problems
+    assert problem.kind == "bad_xml" and "b.xml" in problem.where and not problem.refuses
+
+
+def test_a_list_with_names_that_no_file_can_have(voc_set):
+    with (voc_set / "ImageSets" / "Main" / "train.txt").open("a") as file:
+        file.write("c\0d/e\n")
+    assert [problem.kind for problem in find(voc_set).problems] == ["no_annotation"]
+
+
+def test_a_year_without_lists_is_said_to_be_left_out(voc_set, tmp_path):
+    for year, folders in (("VOC2007", ("Annotations", "ImageSets", "JPEGImages")),
+                          ("VOC2012", ("Annotations", "JPEGImages"))):  # fmt: skip
+        (tmp_path / "both" / year).mkdir(parents=True)
+        for folder in folders:
+            (tmp_path / "both" / year / folder).symlink_to(voc_set / folder)
+    splits = open_splits(tmp_path / "both")
+    assert len(splits.train) == 4
+    assert any("VOC2012" in note and "VOC2007" not in note and "--split all" in note for note in splits.notes)
+    assert len(open_source(tmp_path / "both", "all")) == 6

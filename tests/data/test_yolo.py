@@ -128,3 +128,25 @@ def test_what_is_not_yolo(folder):
     (root / "data.yaml").write_text("licence: CC0\n")
     (root / "config.yaml").write_text("names: [a, b]\n")
     assert detect_format(root) == "image_folder"
+
+
+@pytest.mark.parametrize("layout", [None, without_yaml])
+def test_from_inside_its_own_folder(layout, yolo_set, things, tmp_path, contents, monkeypatch):
+    root = layout(yolo_set, tmp_path) if layout else yolo_set
+    monkeypatch.chdir(root)
+    assert find(Path(".")).problems == [] and contents(open_splits(Path(".")).train) == same_as(things, "train")
+
+
+@pytest.mark.parametrize("place", ["a" * 5000, "/" + "b/" * 3000])
+def test_a_place_that_no_file_can_have(place, yolo_set, things, contents):
+    text = (yolo_set / "data.yaml").read_text()
+    (yolo_set / "data.yaml").write_text(f"path: {place}\n" + "\n".join(
+        line for line in text.splitlines() if not line.startswith("path")
+    ))  # fmt: skip
+    assert contents(open_splits(yolo_set).train) == same_as(things, "train")
+
+
+def test_a_class_of_too_many_digits(yolo_set):
+    text = (yolo_set / "data.yaml").read_text().replace("[dog, cat, bird]", "{'" + "9" * 1000 + "': dog, 1: cat}")
+    (yolo_set / "data.yaml").write_text(text)
+    assert "bad_names" in {problem.kind for problem in find(yolo_set).problems}

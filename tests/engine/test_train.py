@@ -360,3 +360,9 @@ def test_two_processes_are_one_with_the_same_batches(runner: Any, pictures: Path
         with open(tmp_path / name / "metrics.csv") as file:
             losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_one_value_in_a_channel_cannot_be_normalised(pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"batch_size": 1, "preprocessing": {"image_size": 32}, "steps": 1, "device": "cpu"}
+    with pytest.raises(saccade.UserError, match="resnet18: normalises over a batch.*larger --batch-size"):
+        saccade.train(str(pictures), model="resnet18", out=str(tmp_path / "run"), show=False, **settings)

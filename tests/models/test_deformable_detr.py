@@ -10,13 +10,15 @@ from torch import Tensor
 
 from saccade.backbones.resnet import ResNetConfig
 from saccade.backbones.swin import SwinConfig
-from saccade.config import NetworkConfig
+from saccade.config import NetworkConfig, PreprocessingConfig, RunConfig
 from saccade.layers.boxes import iou, to_corners
 from saccade.layers.deformable import DeformableAttention
 from saccade.models import DETECTORS, build_network, name_of, read_row, task_of
 from saccade.models.deformable_detr import DEFORMABLE_DETR, DeformableDetr, DeformableDETRConfig
 from saccade.models.detector import BoxTargets
 from saccade.tasks import set_loss
+from saccade.weights.load import initial_network
+from saccade.weights.model_file import ModelCard, save_model
 
 BODY = ResNetConfig(depths=(1, 1, 1, 1), bottleneck=False, widths=(8, 8, 16, 16), stem=8)
 PLAIN = DeformableDETRConfig(
@@ -244,6 +246,28 @@ def test_parts_for_training(row):
     assert len(network.layers) == 4 + 1 + 2
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
     assert all(shapes[name][0] == 3 for name in network.class_tensors())
-    assert {name for name, shape in shapes.items() if shape[0] == 3} == {*network.class_tensors()}
+    assert {name for name, shape in shapes.items() if shape[0] == 3} == {*network.class_tensors(), *network.proposal_tensors()}
     assert network.depth_of("backbone.stages.0.0.convs.0.conv.weight") == 1
     assert network.depth_of("encoder.0.norm1.weight") == network.depth
+
+
+def test_what_proposes_knows_no_classes(tmp_path):
+    """Its first row says whether there is anything: other classes, or another order of them, leave it where it is."""
+    network = stirred(build(ROWS["two_stage"]))
+    named, small = "deformable-detr-custom", PreprocessingConfig(image_size=64)
+    card = ModelCard("detect", named, network.config.to_dict(), ("a", "b", "c"), small)
+    file = tmp_path / "model.safetensors"
+    save_model(file, network.state_dict(), card)
+    last = len(network.classes) - 1
+    for classes in (("c", "a", "b"), ("dog", "cat")):
+        config = RunConfig(data="", weights=str(file), model=named, preprocessing=small)
+        other, _ = initial_network(config, classes)
+        assert isinstance(other, DeformableDetr)
+        assert torch.equal(other.classes[last].weight[0], network.classes[last].weight[0])
+        assert torch.equal(other.classes[last].bias[0], network.classes[last].bias[0])
+        if len(classes) == 3:
+            assert torch.equal(other.classes[0].weight, network.classes[0].weight[[2, 0, 1]])
+        else:
+            assert len(other.classes[last].weight) == 2 and not torch.equal(
+                other.classes[0].weight, network.classes[0].weight[:2]
+            )

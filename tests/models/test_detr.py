@@ -159,3 +159,12 @@ def test_parts_for_training():
     assert all(shapes[name][0] == 3 + 1 for name in network.class_tensors())
     assert network.depth_of("backbone.stages.0.0.convs.0.conv.weight") == 1
     assert network.depth_of("encoder.0.norm1.weight") == network.depth
+
+
+def test_boxes_stay_in_float32():
+    """A step of bfloat16 near 1 is four pixels of a thousand."""
+    network = detr().to(torch.bfloat16).eval()
+    outputs = network(torch.randn(2, 3, 64, 96, dtype=torch.bfloat16))
+    assert all(each.boxes.dtype == torch.float32 for each in outputs.layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert detr().eval()(torch.randn(2, 3, 64, 96)).boxes.dtype == torch.float32

@@ -13,9 +13,10 @@ from saccade.config import RunConfig
 from saccade.layers.boxes import to_corners
 from saccade.models import DETECTORS, build_network, name_of, read_row, task_of
 from saccade.models.detector import BoxTargets
-from saccade.models.glance import GLANCE, Dense, Glance, GlanceConfig, disturb, refined, rivalry
+from saccade.models.glance import GLANCE, Dense, Glance, GlanceConfig, GlanceOutputs, disturb, refined, rivalry
+from saccade.tasks import glance_loss
 from saccade.tasks.detection import LOSSES
-from saccade.tasks.glance_loss import GlanceLoss, assign_places, matchability
+from saccade.tasks.glance_loss import GlanceLoss, assign_places, dense_losses, matchability
 
 BODY = ResNetConfig(depths=(1, 1, 1, 1), bottleneck=False, widths=(8, 8, 16, 16), stem=8)
 TINY = GlanceConfig(
@@ -219,3 +220,36 @@ def test_refinement_is_relative_to_the_box() -> None:
 
 def test_loss_is_found_by_the_row() -> None:
     assert isinstance(LOSSES[TINY.loss](TINY, RunConfig(data="")), GlanceLoss)
+
+
+def test_tiny_things_have_places_and_teach_boxes() -> None:
+    """Three pixels of 384, at the start, when the boxes at a stride of eight have 32."""
+    side = (torch.arange(48) + 0.5) / 48
+    points = torch.stack((side.repeat(48), side.repeat_interleave(48)), dim=1)
+    boxes = torch.cat((points - 16 / 384, points + 16 / 384), dim=1)[None].requires_grad_()
+    scores = torch.full((1, len(points), 1), -4.6)
+    dense = Dense(boxes, scores, scores.clone(), points, torch.full((len(points), 2), 8 / 384))
+    truth = BoxTargets(torch.tensor([[0.4, 0.4, 3 / 384, 3 / 384]]), torch.tensor([0]), torch.tensor([0]))
+    for most in (1, 10):
+        found = assign_places(dense, dense.one, truth, most)
+        assert len(found.place) and found.share.max() > 0.005
+    losses = dense_losses(dense, truth, torch.tensor(1.0), 10)
+    losses["places_l1"].backward()
+    assert boxes.grad is not None and boxes.grad.abs().sum() > 0
+
+
+def test_places_are_divided_by_the_mean_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, truth = glance(), targets()
+    outputs = network(torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)), truth)
+    assert isinstance(outputs, GlanceOutputs) and outputs.dense is not None
+    alone = dense_losses(outputs.dense, truth, torch.tensor(1.0), 10)
+    shares = []
+
+    def mean(share: Tensor, device: torch.device) -> Tensor:
+        shares.append(share)
+        return torch.tensor(100.0)  # others have many more
+
+    monkeypatch.setattr(glance_loss, "mean_over_processes", mean)
+    among = dense_losses(outputs.dense, truth, torch.tensor(1.0), 10)
+    for name in ("places", "places_giou", "places_l1"):
+        assert among[name].item() == pytest.approx(alone[name].item() * max(1.0, shares[0].item()) / 100, rel=1e-4)

@@ -407,7 +407,8 @@ def _unite(files: list[_File], found: Found) -> tuple[str, ...]:
         for number, name in file.names.items():
             by_name.setdefault(name, []).append(number)
             text = str(number)
-            first.setdefault(name, (not text.lstrip("-").isdecimal(), int(text) if text.isdecimal() else 0, text))
+            value = int(text) if text.isdecimal() and len(text) < 20 else 0
+            first.setdefault(name, (not text.lstrip("-").isdecimal(), value, text))
         for name, same in by_name.items():
             both = [number for number in same if number in with_objects]
             if len(both) > 1:

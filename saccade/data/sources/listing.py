@@ -42,7 +42,7 @@ class Listing:
             try:
                 with os.scandir(folder) as entries:
                     names = {entry.name for entry in entries}
-            except OSError:
+            except (OSError, ValueError):  # ValueError: of a name that no file can have
                 names = set()
             self._folders[folder] = names, {name.lower(): name for name in sorted(names)}
         return self._folders[folder]

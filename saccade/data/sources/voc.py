@@ -2,11 +2,13 @@
 
 - Coordinates count pixels from 1, the last one included, so a box from 1 to the width is the whole picture. Many tools
   write edges instead, counted from 0: that is taken so where more boxes begin at 0 than at 1, or most have fractions.
-- An object marked `difficult` is neither learnt nor missed, as in VOC's own evaluation: it becomes a crowd.
+- An object marked `difficult` is neither learnt nor missed, as in VOC's own evaluation: it becomes a crowd. As for all
+  crowds, a detection that lies in it does not count, however small it is beside it; VOC asks for half of their union.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +150,7 @@ def find(path: Path, by_split: dict[str, list[_Unit]]) -> Found:
     found = Found("voc", "detect")
     listing = Listing()
     read: dict[str, _Split] = {}
+    without_lists: list[_Unit] = []
     for split, units in by_split.items():
         if split != "all" and len(units) > 1:
             names = ", ".join(str(unit.xmls) for unit in units)
@@ -156,9 +159,14 @@ def find(path: Path, by_split: dict[str, list[_Unit]]) -> Found:
             units = units[:1]
         for unit in units:
             lists = _lists(unit, found) if split == "all" else {}
+            if split == "all" and not lists:
+                without_lists.append(unit)
             for name in lists or [split]:
                 entries = _listed(lists[name], unit, listing, found) if lists else _all(unit, path, listing, found)
                 _read(entries, read.setdefault(name, _Split()), found)
+    if "train" in read and "all" in read:
+        apart = ", ".join(str(unit.xmls) for unit in without_lists)
+        found.notes.append(f"{path}: {apart} is of no split, so nothing is learnt from it (--split all has it)")
     class_names = sort_names(name for split in read.values() for name in split.names)
     from_one = _counts_from_one(list(read.values()))
     if not from_one:
@@ -229,7 +237,7 @@ def _all(unit: _Unit, path: Path, listing: Listing, found: Found) -> Iterator[tu
             taken.add(picture)
             yield xml, picture
     for folder in sorted({str(Path(picture).parent) for picture in taken}):
-        parts = Path(folder).relative_to(path).parts
+        parts = Path(os.path.relpath(folder, path)).parts
         if unit.root == path and unit.xmls.parent != path and not any(part.lower() in SPLIT_NAMES for part in parts):
             continue  # the splits share this folder
         for name in sorted(listing.names(folder)):
@@ -253,7 +261,7 @@ def _picture_of(unit: _Unit, name: str, xml: str, listing: Listing) -> str | Non
             return picture
     try:
         inside = _text(parse_xml(_bytes(Path(xml))), "filename")
-    except (OSError, expat.ExpatError, UnsafeXml):
+    except (OSError, LookupError, ValueError, expat.ExpatError, UnsafeXml):  # of an encoding that does not exist, too
         return None
     for folder in unit.pictures:
         picture = listing.find(folder, plain_name(inside).rpartition("/")[2]) if inside else None
@@ -288,7 +296,7 @@ def _read(entries: Iterator[tuple[Path, str]], split: _Split, found: Found) -> N
             what = f"not read, for it holds {error}; VOC's files need no such thing: write it anew"
             found.problems.append(Problem("unsafe_xml", str(xml), what, False))
             continue
-        except (OSError, ValueError, expat.ExpatError) as error:
+        except (OSError, LookupError, ValueError, expat.ExpatError) as error:
             what = f"not readable XML ({error}); write it anew or remove it"
             found.problems.append(Problem("bad_xml", str(xml), what, False))
             continue

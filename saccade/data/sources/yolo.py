@@ -133,7 +133,7 @@ def _names(file: Path | None, values: dict[str, Any], root: Path, found: Found) 
     table: dict[int, str] = {}
     for number, name in pairs:
         text = str(name).strip() if isinstance(name, str | int | float) else ""
-        number = int(number) if str(number).isdecimal() else -1
+        number = int(number) if str(number).isdecimal() and len(str(number)) < 10 else -1
         if number < 0 or not text:
             what = (
                 f"class {number if number >= 0 else '?'} is {name!r:.60}; names are a list, or numbers with a name each"
@@ -173,7 +173,7 @@ def _places(file: Path | None, values: dict[str, Any], root: Path, found: Found)
             text = plain_name(str(part))
             # exports that were made for another place write ../train/images for train/images
             tries = [text, *([text.lstrip("./")] if text.startswith("../") else [])]
-            place = next((base / one for one in tries for base in bases if (base / one).exists()), None)
+            place = next((base / one for one in tries for base in bases if os.path.exists(base / one)), None)
             if place is None:
                 refuses = split != "test"
                 what = f"{split}: {part} does not exist in {bases[0]}; correct it" + (
@@ -216,13 +216,14 @@ def _pictures(places: list[Path], split: str, root: Path, found: Found) -> _Spli
 
 def _text_of(picture: str) -> str:
     """In the folder `labels` where the picture is in `images`; else beside it."""
-    head, mark, tail = picture.rpartition(f"{os.sep}images{os.sep}")
-    return os.path.splitext(f"{head}{os.sep}labels{os.sep}{tail}" if mark else picture)[0] + ".txt"
+    head, mark, tail = f"{os.sep}{picture}".rpartition(f"{os.sep}images{os.sep}")  # also of a path that begins with it
+    text = f"{head}{os.sep}labels{os.sep}{tail}"[1:] if mark else picture
+    return os.path.splitext(text)[0] + ".txt"
 
 
 def _orphans(texts: set[str], found: Found) -> None:
     """Text files in a folder of labels that are of no picture."""
-    folders = {os.path.dirname(text) for text in texts if f"{os.sep}labels{os.sep}" in text}
+    folders = {os.path.dirname(text) for text in texts if f"{os.sep}labels{os.sep}" in f"{os.sep}{text}"}
     for folder in sorted(folders):
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
             text = os.path.join(folder, name)
