@@ -246,7 +246,10 @@ def test_parts_for_training(row):
     assert len(network.layers) == 4 + 1 + 2
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
     assert all(shapes[name][0] == 3 for name in network.class_tensors())
-    assert {name for name, shape in shapes.items() if shape[0] == 3} == {*network.class_tensors(), *network.proposal_tensors()}
+    assert {name for name, shape in shapes.items() if shape[0] == 3} == {
+        *network.class_tensors(),
+        *network.proposal_tensors(),
+    }
     assert network.depth_of("backbone.stages.0.0.convs.0.conv.weight") == 1
     assert network.depth_of("encoder.0.norm1.weight") == network.depth
 
