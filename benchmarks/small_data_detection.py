@@ -55,7 +55,7 @@ from saccade.engine.evaluate import Normalise
 from saccade.engine.optimizers import lr_share
 from saccade.engine.progress import clock
 from saccade.engine.signals import stop_signals
-from saccade.engine.train import seed_everything
+from saccade.engine.step import seed_everything
 from saccade.metrics.detection import DetectionMetric
 from saccade.metrics.detection_report import DetectionReport
 from saccade.tasks.detection import EvalTargets, collate_eval, collate_train

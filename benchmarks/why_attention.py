@@ -1,15 +1,19 @@
 """What recurrence forgets and what it waits for, measured: writes docs/why-attention.md with a table and two plots.
 
     python -m benchmarks.why_attention
-    python -m benchmarks.why_attention --distances 8,32 --seconds 5 --lengths 32,64 --out somewhere   # a quick look
+    python -m benchmarks.why_attention --distances 8,32 --repeated 8 --seconds 5 --lengths 32,64 --out DIR   # quickly
 
-Recall: a sequence begins with one of 16 symbols, then come `distance` others, of which none tells it, then a mark, at
-which the symbol must be said again. RNN, LSTM, GRU and a Transformer with a causal mask have as many parameters (within
-a few percent), two layers, the same optimizer, and the same seconds of training; each learns with the best of three
-learning rates, chosen by a trial of a quarter of that time. Each batch has a distance of its own, drawn evenly on a
-logarithmic scale from `SHORTEST` to a longest one that grows in the first half of the training: what cannot be learnt
-at 2,048 places at once can be found at eight and carried on. Then all distances are measured with the same model.
-Guessing is right once in 16 times.
+RNN, LSTM, GRU and a Transformer with a causal mask have as many parameters (within a few percent), two layers, the same
+optimizer, and the same seconds of training; each learns with the best of three learning rates, chosen by a trial of a
+quarter of that time. Guessing is right once in 16 times. Two things are asked of them:
+
+Keep: a sequence begins with one of 16 symbols, then come `distance` others, of which none tells it, then a mark, at
+which the symbol must be said again. Each batch has a distance of its own, drawn evenly on a logarithmic scale from
+`SHORTEST` to a longest one that grows in the first half of the training: what cannot be learnt at 2,048 places at once
+can be found at eight and carried on. Then all distances are measured with the same model.
+
+Repeat: every symbol must be said again after `distance` others, so as many are to be kept at any time. A model learns
+one distance; the last `SAID` places of a sequence are what is learnt and measured.
 
 Time: of a training step (forward and backward of `BATCH` sequences) and of one more token (from the state of all that
 was before it: a vector for recurrences, keys and values for the Transformer) against length. `sequential` is how many
@@ -40,7 +44,8 @@ SYMBOLS, FILLERS = 16, 16
 MARK = SYMBOLS + FILLERS
 VOCABULARY = MARK + 1
 LAYERS, HEADS, BATCH = 2, 4, 32
-SHORTEST, TESTED = 4, 512  # places between in training; sequences of each distance that are measured
+BATCHES = {"keep": 32, "repeat": 8}
+SHORTEST, SAID, TESTED = 4, 64, 512  # places between in training; see above; sequences of a distance that are measured
 WIDTHS = {"RNN": 153, "LSTM": 78, "GRU": 90, "Transformer": 64}  # as many parameters each
 RATES = (3e-4, 1e-3, 3e-3)
 COLOURS = {"RNN": FAINT, "LSTM": ORANGE, "GRU": RED, "Transformer": BLUE}
@@ -113,16 +118,27 @@ def build(kind: str, longest: int, seed: int = 0) -> Recurrent | Transformer:
     return Transformer(longest) if kind == "Transformer" else Recurrent(kind)
 
 
-def sample(distance: int, generator: torch.Generator, count: int = BATCH) -> tuple[Tensor, Tensor]:
-    """Sequences (B, distance + 2) and what must be said at the mark (B,)."""
+Sample = Callable[[int, torch.Generator, int], tuple[Tensor, Tensor]]
+
+
+def keep(distance: int, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+    """Sequences (B, distance + 2) and what must be said at the mark (B, 1)."""
     wanted = torch.randint(0, SYMBOLS, (count, 1), generator=generator)
     others = torch.randint(SYMBOLS, MARK, (count, distance), generator=generator)
-    return torch.cat((wanted, others, torch.full((count, 1), MARK)), dim=1), wanted[:, 0]
+    return torch.cat((wanted, others, torch.full((count, 1), MARK)), dim=1), wanted
 
 
-def learn(kind: str, distances: Sequence[int], rate: float, seconds: float, seed: int) -> tuple[list[float], int]:
+def repeat(distance: int, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+    """Sequences (B, distance + SAID) and what must be said at the last places (B, SAID)."""
+    tokens = torch.randint(0, SYMBOLS, (count, distance + SAID), generator=generator)
+    return tokens, tokens[:, :SAID]
+
+
+def learn(
+    kind: str, asked: Sample, distances: Sequence[int], rate: float, seconds: float, seed: int
+) -> tuple[list[float], int]:
     """Accuracy on fresh sequences of each distance after so many seconds of training, and the number of steps."""
-    model = build(kind, max(distances), seed)
+    model = build(kind, max(distances) + SAID, seed)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     growth = math.log(max(distances) / SHORTEST)
@@ -130,34 +146,36 @@ def learn(kind: str, distances: Sequence[int], rate: float, seconds: float, seed
     while (done := (time.thread_time() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (steps + 1) / 20) * (1 - done)
-        share = torch.rand((), generator=generator).item() * min(1.0, 0.1 + 2 * done)
-        tokens, wanted = sample(round(SHORTEST * math.exp(share * growth)), generator)
-        loss = F.cross_entropy(model(tokens)[:, -1, :SYMBOLS], wanted)
+        share = torch.rand((), generator=generator).item() * min(1.0, 0.1 + 2 * done) if len(distances) > 1 else 1.0
+        tokens, wanted = asked(round(SHORTEST * math.exp(share * growth)), generator, BATCHES[asked.__name__])
+        scores = model(tokens)[:, -wanted.shape[1] :, :SYMBOLS]
+        loss = F.cross_entropy(scores.flatten(0, 1), wanted.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         steps += 1
-    return [accuracy(model, distance, seed + 1_000_000) for distance in distances], steps
+    return [accuracy(model, asked, distance, seed + 1_000_000) for distance in distances], steps
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, distance: int, seed: int) -> float:
+def accuracy(model: nn.Module, asked: Sample, distance: int, seed: int) -> float:
     fresh, right = torch.Generator().manual_seed(seed), []
     for _ in range(TESTED // BATCH):
-        tokens, wanted = sample(distance, fresh)
-        right.append((model(tokens)[:, -1, :SYMBOLS].argmax(dim=1) == wanted).float().mean().item())
+        tokens, wanted = asked(distance, fresh, BATCH)
+        said = model(tokens)[:, -wanted.shape[1] :, :SYMBOLS].argmax(dim=2)
+        right.append((said == wanted).float().mean().item())
     return statistics.fmean(right)
 
 
-def recall(kind: str, distances: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+def recall(kind: str, asked: Sample, distances: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     """The best rate of a trial of a quarter of the time each, then the full time with it."""
-    trials = {rate: statistics.fmean(learn(kind, distances, rate, seconds / 4, 1)[0]) for rate in RATES}
+    trials = {rate: statistics.fmean(learn(kind, asked, distances, rate, seconds / 4, 1)[0]) for rate in RATES}
     rate = max(trials, key=lambda each: trials[each])
-    found, steps = learn(kind, distances, rate, seconds, 2)
+    found, steps = learn(kind, asked, distances, rate, seconds, 2)
     return [
-        {"name": f"recall {kind} {distance}", "kind": kind, "distance": distance, "accuracy": share,
-         "steps": steps, "rate": rate, "seconds": seconds}
+        {"name": f"{asked.__name__} {kind} {distance}", "kind": kind, "asked": asked.__name__, "distance": distance,
+         "accuracy": share, "steps": steps, "rate": rate, "seconds": seconds}
         for distance, share in zip(distances, found, strict=True)
     ]  # fmt: skip
 
@@ -197,15 +215,16 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     with chart_style():
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for kind, colour in COLOURS.items():
-            own = sorted((row["distance"], 100 * row["accuracy"]) for row in rows if row.get("kind") == kind
-                         and "distance" in row)  # fmt: skip
-            axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=kind)
-        axes.axhline(100 / SYMBOLS, color=GREEN, linewidth=1, linestyle=":", label="guessing")
-        axes.set(xscale="log", xlabel="distance in symbols", ylabel="recalled, %", title="What is remembered")
-        axes.legend()
+        figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+        titles = {"keep": "One symbol kept", "repeat": "Every symbol repeated"}
+        for axes, (asked, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+            for kind, colour in COLOURS.items():
+                own = sorted((row["distance"], 100 * row["accuracy"]) for row in rows if row.get("kind") == kind
+                             and row.get("asked") == asked)  # fmt: skip
+                axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=kind)
+            axes.axhline(100 / SYMBOLS, color=GREEN, linewidth=1, linestyle=":", label="guessing")
+            axes.set(xscale="log", ylim=(0, 104), xlabel="distance in symbols", ylabel="recalled, %", title=title)
+            axes.legend()
         save_figure(figure, folder / "why-attention-recall.png")
         figure = Figure(figsize=(9.6, 3.8), layout="constrained")
         for axes, key, title in zip(
@@ -230,7 +249,9 @@ def exponent(points: Sequence[tuple[int, float]]) -> float:
 
 
 def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
-    distances = sorted({row["distance"] for row in rows if "distance" in row})
+    distances = {
+        asked: sorted({row["distance"] for row in rows if row.get("asked") == asked}) for asked in ("keep", "repeat")
+    }
     lengths = sorted({row["length"] for row in rows if "length" in row})
     at = {row["name"]: row for row in rows}
     sizes = ", ".join(f"{kind} {count(kind) / 1000:.1f} k" for kind in WIDTHS)
@@ -241,11 +262,13 @@ def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
     def head(first: str, names: Sequence[Any]) -> list[str]:
         return [line(first, [str(name) for name in names]), "|" + "---|" * (len(names) + 1)]
 
-    recalled = []
+    kept, repeated = [], []
     for kind in WIDTHS:
-        own = [at[f"recall {kind} {distance}"] for distance in distances]
+        own = [at[f"keep {kind} {distance}"] for distance in distances["keep"]]
         shown = [f"{100 * row['accuracy']:.0f}" for row in own]
-        recalled.append(line(kind, [*shown, f"{own[0]['steps']:,}", f"{own[0]['rate']:g}"]))
+        kept.append(line(kind, [*shown, f"{own[0]['steps']:,}", f"{own[0]['rate']:g}"]))
+        own = [at[f"repeat {kind} {distance}"] for distance in distances["repeat"]]
+        repeated.append(line(kind, [f"{100 * row['accuracy']:.0f} ({row['steps']:,})" for row in own]))
     tables = []
     for key, title in (("step_ms", "A training step, ms"), ("token_ms", "One more token, ms")):
         own = []
@@ -260,10 +283,14 @@ def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
         "Written by `python -m benchmarks.why_attention`; every figure is measured by it. " + facts + "\n",
         f"Parameters: {sizes}.\n",
         "## What recurrence forgets\n",
-        f"One of {SYMBOLS} symbols is shown first and must be said again after so many others, percent of {TESTED} "
-        f"sequences; guessing gives {100 / SYMBOLS:.0f}. Each model had the same time, learnt all distances (short "
-        "ones first) and used the best of three learning rates.\n",
-        *head("distance", [*distances, "steps in this time", "learning rate"]), *recalled,
+        f"**One symbol kept.** One of {SYMBOLS} symbols is shown first and must be said again after so many others, "
+        f"percent of {TESTED} sequences; guessing gives {100 / SYMBOLS:.0f}. Each model had the same time, learnt all "
+        "distances (short ones first) and used the best of three learning rates.\n",
+        *head("distance", [*distances["keep"], "steps in this time", "learning rate"]), *kept,
+        "\n**Every symbol repeated.** Each symbol of a stream must be said again after so many others, so as many must "
+        "be known at any time. A state has the same size however much there is to know; keys and values grow with it. "
+        "Percent recalled, and in brackets the steps that the time allowed for this distance.\n",
+        *head("distance", distances["repeat"]), *repeated,
         "\n![Recalled against the distance](images/why-attention-recall.png)\n",
         "## What has to wait\n",
         "In a recurrence each place waits for the one before, so a step takes as long as the sequence however many "
@@ -287,18 +314,23 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--distances", type=numbers, default=[8, 32, 128, 512, 1024, 2048])
+    parser.add_argument(
+        "--repeated", type=numbers, default=[8, 32, 128, 512], help="distances at which all is repeated"
+    )
     parser.add_argument("--lengths", type=numbers, default=[32, 128, 512, 2048])
-    parser.add_argument("--seconds", type=float, default=300.0, help="of training for each model")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training for each model")
     parser.add_argument("--timing-seconds", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--json", type=Path, help="all figures, merged by name")
     options = parser.parse_args()
     load, rows = report.Load(), []
     for kind in WIDTHS:
-        own = recall(kind, options.distances, options.seconds)
-        shown = ", ".join(f"{100 * row['accuracy']:.0f} % at {row['distance']}" for row in own)
-        print(f"recall {kind}: {shown} after {own[0]['steps']} steps", flush=True)
-        rows += own
+        for asked, sets in ((keep, [options.distances]), (repeat, [[d] for d in options.repeated])):
+            for distances in sets:
+                own = recall(kind, asked, distances, options.seconds)
+                shown = ", ".join(f"{100 * row['accuracy']:.0f} % at {row['distance']}" for row in own)
+                print(f"{asked.__name__} {kind}: {shown} after {own[0]['steps']} steps", flush=True)
+                rows += own
     for length in options.lengths:
         for kind in WIDTHS:
             rows.append(cost(kind, length, options.timing_seconds))

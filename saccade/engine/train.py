@@ -7,13 +7,10 @@ average, optimizer state and step number; a run continued from them takes the sa
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
-import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +23,7 @@ from saccade.config import RunConfig
 from saccade.drawing import training_curves
 from saccade.engine import distributed
 from saccade.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from saccade.engine.device import autocast, choose_device, choose_precision
+from saccade.engine.device import choose_device, choose_precision
 from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
 from saccade.engine.evaluate import evaluate_batches
@@ -35,16 +32,16 @@ from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
 from saccade.engine.picture_data import unmeasured
 from saccade.engine.plan import EVALUATIONS, EpochEnds, Plan, affordable_evaluations, load_plan, planned_row
 from saccade.engine.progress import RunTable, clock
-from saccade.engine.run_data import AnyBatch, RunData, open_data
+from saccade.engine.run_data import RunData, open_data
 from saccade.engine.run_folder import make_run_folder, remove_unused, write_rows
 from saccade.engine.signals import stop_signals
+from saccade.engine.step import StepResult, seed_everything, train_step
 from saccade.errors import UserError
 from saccade.models import build_network
 from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector
 from saccade.models.translator import Translator
 from saccade.tasks import Task, build_task
-from saccade.tasks.processes import mean_over_processes
 from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model, write_atomically
 from saccade.words import counted
@@ -295,88 +292,6 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
         if show:
             training_curves([{**row, "loss": row["train_loss"]} for row in progress.rows], folder / "curves.png")
     return finish(session, folder, progress, writer, finished=True, signal_number=None)
-
-
-@dataclass
-class StepResult:
-    loss: float
-    grad_norm: float
-    fault: str
-    amount: int  # of what speed is counted in
-    indices: list[int]
-    unreadable: list[tuple[int, str]]
-
-
-def _shares(session: Session, group: list[AnyBatch]) -> list[float]:
-    """What each batch of a step counts: as many of what is learnt from as it holds, in all processes."""
-    if len(group) == 1:
-        return [1.0]
-    amounts = [mean_over_processes(session.data.amount(batch), session.device).item() for batch in group]
-    return [amount / sum(amounts) for amount in amounts]
-
-
-def _forward(session: Session, batch: AnyBatch) -> Any:
-    try:
-        return session.task.forward(session.network, session.data.inputs(batch), batch.targets)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        small = "normalises over a batch, and this one is a single value in a channel"
-        raise UserError(f"--model {session.config.model}: {small}; use a larger --batch-size or --image-size") from None
-
-
-def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> StepResult:
-    """One optimizer step over `accumulate` batches. With a fault, nothing has changed afterwards."""
-    config, device = session.config, session.device
-    accumulate = config.optimizer.accumulate
-    group = [next(batches) for _ in range(accumulate)]
-    seed_everything(config.seed, 1 + step, session.world.rank)
-    buffers = [buffer.clone() for buffer in session.model.buffers()]
-    session.network.train()
-    if config.train_part == "head":
-        assert not isinstance(session.model, Translator)  # it has no head
-        session.model.backbone.eval()  # a frozen backbone's statistics stay, too
-    loss_sum, fault, grad_norm = 0.0, "", math.nan
-    for batch, share in zip(group, _shares(session, group), strict=True):
-        batch = batch.to(device)
-        with autocast(device, session.precision):
-            outputs = _forward(session, batch)
-        losses = session.task.losses(outputs, batch.targets)
-        loss = torch.stack(list(losses.values())).sum() * share
-        loss_sum += loss.item()
-        finite = not distributed.agree([not math.isfinite(loss_sum)], session.world)[0]
-        if not finite:
-            fault = "loss"
-            break
-        loss.backward()
-    if not fault:
-        parameters = [p for p in session.model.parameters() if p.grad is not None]
-        limit = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # pyright: ignore
-        fault = "" if math.isfinite(grad_norm) else "gradient"
-    if fault:
-        for buffer, kept in zip(session.model.buffers(), buffers, strict=True):
-            buffer.copy_(kept)
-    else:
-        for optimizer in session.optimizers:
-            optimizer.step()
-        if session.sharded:  # as DDP does it: else each process goes on with statistics of its own, which no save holds
-            distributed.same_buffers(session.model, session.world)
-    for optimizer in session.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    indices = [int(i) for batch in group for i in batch.indices]
-    unreadable = [entry for batch in group for entry in batch.unreadable]
-    mean_loss = distributed.mean(loss_sum, session.world)
-    amount = sum(session.data.amount(batch) for batch in group)
-    return StepResult(mean_loss, grad_norm, fault, amount, indices, unreadable)
-
-
-def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Dropout and stochastic depth of a step depend on nothing but the seed, the step and the process."""
-    number = int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1
-    torch.manual_seed(number)
-    random.seed(number)
 
 
 def evaluate(session: Session, unreadable: list[str] | None = None) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saccade.config import closest
-from saccade.data.sources.coco import load_json
-from saccade.data.sources.listing import plain_name
 from saccade.errors import UserError
 from saccade.predictions.detection import Detections
 
@@ -26,12 +25,13 @@ class CocoIds:
     def read(cls, path: str | Path, class_names: Sequence[str]) -> CocoIds:
         """UserError where the file says nothing of pictures or classes, or two pictures have one name."""
         try:
-            values, fault = load_json(Path(path))
-            if fault:
-                raise UserError(f"{path}: {fault}")
-            pictures = [(Path(plain_name(str(row["file_name"]))).name, row["id"]) for row in values["images"]]
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            names = [str(row["file_name"]).strip().replace("\\", "/") for row in values["images"]]
+            pictures = [(Path(name).name, row["id"]) for name, row in zip(names, values["images"], strict=True)]
             categories = {str(row["name"]).strip(): int(row["id"]) for row in values["categories"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: not a COCO annotation file with images and categories ({error!r})") from None
         ids = dict(pictures)
         if len(ids) < len(pictures):
