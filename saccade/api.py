@@ -63,7 +63,7 @@ def evaluate(
     failed: list[str] = [] if unreadable is None else unreadable
     loaded = open_model(model, device=device)
     told: list[str] = []
-    held = held_out(Path(model), Path(data), told) if split is None else None
+    held = _held_out(model, data, split, told)
     if notes is not None:
         notes += told
     elif told:
@@ -116,6 +116,11 @@ def evaluate(
     return report
 
 
+def _held_out(model: str, data: str, split: str | None, notes: list[str]) -> Source | Pairs | None:
+    """What is measured instead of a split, where none is asked for."""
+    return held_out(Path(model), Path(data), notes) if split is None else None
+
+
 def evaluate_texts(
     model: TextModel,
     pairs: Pairs,
@@ -141,7 +146,7 @@ def save_report(report: Any, folder: Path, model: str, data: str, *, split: str 
     report.save(folder)
     if not isinstance(report, DetectionReport) or not report.worst:
         return report.files
-    held = held_out(Path(model), Path(data), []) if split is None else None
+    held = _held_out(model, data, split, [])
     source = held if isinstance(held, Source) else open_source(Path(data), split)
     names = [scores.name for scores in report.classes]
 
