@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks import report
+from benchmarks.charts import plain_numbers
+from saccade.drawing import chart_style, save_figure
 
 Rows = dict[str, report.Row]
 
@@ -54,6 +58,7 @@ The theory counts operations, those that must wait for one another, and the long
 layers."""
 RECURRENT = ("rnn", "lstm", "gru")
 PASSES = {"forward": "forward", "train": "forward and backward"}
+WIDE = ("explicit", "fused", "lstm")  # the lines that the page speaks of
 COMPARED = ("explicit", "fused", "linear")
 
 
@@ -107,31 +112,31 @@ def crossing(faster_later: Sequence[tuple[int, float]], other: Sequence[tuple[in
 
 
 def draw(rows: Rows, path: Path, axis: str, panels: Sequence[tuple[str, str]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     titles = {
-        ("forward", "seconds"): "forward, milliseconds",
-        ("train", "seconds"): "forward and backward, milliseconds",
-        ("train", "peak_mib"): "forward and backward, peak MiB",
+        ("forward", "seconds"): "forward",
+        ("train", "seconds"): "forward and backward",
+        ("train", "peak_mib"): "forward and backward",
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels) + 2.4, 5.0), layout="constrained")
-    for place, (mode, key) in zip(axes, panels, strict=True):
-        for layer, theory in THEORY.items():
-            points = line(rows, layer, mode, axis, key)
-            if key == "peak_mib":
-                points = [(size, value) for size, value in points if value > NOISE_MIB]
-            factor = 1e3 if key == "seconds" else 1.0
-            sizes, values = [size for size, _ in points], [factor * value for _, value in points]
-            place.plot(sizes, values, theory.dashes, color=theory.colour, label=theory.label, marker=".", linewidth=1.4)
-        place.set(xscale="log", yscale="log", title=titles[mode, key], xlabel=_axis_label(axis))
-        place.set_xscale("log", base=2)
-        place.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    marks = sorted({size for layer in THEORY for size, _ in line(rows, layer, "forward", axis, "seconds")})
+    with chart_style():
+        figure = Figure(figsize=(4.8 * len(panels), 6.0), layout="constrained")
+        for place, (mode, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for layer, theory in THEORY.items():
+                points = line(rows, layer, mode, axis, key)
+                if key == "peak_mib":
+                    points = [(size, value) for size, value in points if value > NOISE_MIB]
+                factor = 1e3 if key == "seconds" else 1.0
+                sizes, values = [size for size, _ in points], [factor * value for _, value in points]
+                wide = 2.4 if layer in WIDE else 1.1
+                place.plot(sizes, values, theory.dashes, color=theory.colour, label=theory.label, linewidth=wide)
+            unit = "ms" if key == "seconds" else "MiB at most"
+            place.set(xscale="log", yscale="log", title=titles[mode, key], xlabel=_axis_label(axis), ylabel=unit)
+            plain_numbers(place.xaxis, marks[::2])
+            plain_numbers(place.yaxis)
+            place.grid(visible=True)
+        labelled = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*labelled, loc="outside lower center", ncols=2 * len(panels) - 1, frameon=False)
+        save_figure(figure, path, dpi=120)
 
 
 def _axis_label(axis: str) -> str:

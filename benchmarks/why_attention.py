@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import report
+from benchmarks.charts import plain_numbers
 from saccade.drawing import BLUE, FAINT, GREEN, ORANGE, RED, chart_style, save_figure
 from saccade.layers.attention import MultiHeadAttention
 from saccade.layers.positions import sinusoidal_1d
@@ -224,6 +225,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                 axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=kind)
             axes.axhline(100 / SYMBOLS, color=GREEN, linewidth=1, linestyle=":", label="guessing")
             axes.set(xscale="log", ylim=(0, 104), xlabel="distance in symbols", ylabel="recalled, %", title=title)
+            plain_numbers(axes.xaxis, sorted({row["distance"] for row in rows if row.get("asked") == asked}))
             axes.legend()
         save_figure(figure, folder / "why-attention-recall.png")
         figure = Figure(figsize=(9.6, 3.8), layout="constrained")
@@ -234,6 +236,8 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                 own = sorted((row["length"], row[key]) for row in rows if row.get("kind") == kind and "length" in row)
                 axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=kind)
             axes.set(xscale="log", yscale="log", xlabel="length", ylabel="ms", title=title)
+            plain_numbers(axes.xaxis, sorted({row["length"] for row in rows if "length" in row}))
+            plain_numbers(axes.yaxis)
             axes.legend()
         save_figure(figure, folder / "why-attention-time.png")
 

@@ -11,18 +11,21 @@ from saccade.config import RunConfig, build_config, closest, merge
 from saccade.data.text.parallel import open_text_splits
 from saccade.errors import UserError
 from saccade.models import TRANSLATORS, model_row, task_of
+from saccade.models.recurrent import RecurrentRow
 from saccade.models.translator import TranslatorRow
 from saccade.recipes.summary import DataSummary
 from saccade.weights.load import load_weights
 
 LARGE = 1_000_000  # pairs from which on the base size of the paper is worth its time
+ADAM = {"name": "adamw", "beta2": 0.98, "weight_decay": 1e-4}
+RECURRENT = {"lr": 3e-3, "optimizer": ADAM}  # instead of Muon: the matrices of LSTM and GRU are several in one
 
 
 def translate(data: DataSummary) -> dict[str, Any]:
     """Tens of thousands of pairs of sentences or more, nothing pre-trained.
 
-    Few pairs want few subwords and small batches, https://arxiv.org/abs/1905.11901; and with normalisation before each
-    part, after 500 steps the perplexity of the validation split was 56 instead of 90.
+    Few pairs want few subwords and small batches, https://arxiv.org/abs/1905.11901; normalisation before each part and
+    Muon learn several times as much in the first thousand steps.
 
     Command: `saccade train multi30k --task translate --minutes 60` (28,000 pairs, English to German).
     Cost and result: docs/translation.md.
@@ -40,10 +43,10 @@ def translate(data: DataSummary) -> dict[str, Any]:
         }
     return {
         "model": "transformer_tiny",
-        "lr": 3e-3,
+        "lr": 5e-3,
         "text": {"vocabulary": 4000, "batch_tokens": 1024},
         "network": {"dropout": 0.2, "norm_first": True},
-        "optimizer": {"beta2": 0.98, "weight_decay": 1e-4},
+        "optimizer": {"name": "muon", "beta2": 0.98, "weight_decay": 0.05},
         "schedule": {"shape": "cosine", "warmup": 0.08},
         "loss": {"label_smoothing": 0.1},
         "ema": {"decay": 0.998},
@@ -58,7 +61,7 @@ def translate_fine_tune(data: DataSummary) -> dict[str, Any]:
     Cost and result: not measured.
     """
     values = translate(data)
-    return {**values, "lr": 1e-4, "network": {}, "schedule": {"warmup": 0.1}, "epochs": 5}
+    return {**values, "lr": 1e-4, "network": {}, "optimizer": ADAM, "schedule": {"warmup": 0.1}, "epochs": 5}
 
 
 def refuse_settings(changes: Mapping[str, Any], branches: tuple[str, ...], are_for: str, but: str) -> None:
@@ -114,6 +117,8 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
     recipe = merge(RECIPES[name](DataSummary("translate", len(splits.train), 0, 0, 0)), start)
     row = row or model_row(str(recipe["model"]))
     assert isinstance(row, TranslatorRow)
+    if isinstance(row, RecurrentRow) and recipe["optimizer"].get("name") == "muon":
+        recipe = {**recipe, **RECURRENT}
     if asked.weights is None:  # wider ones want smaller steps, https://arxiv.org/abs/2203.03466
         recipe["lr"] *= min(1.0, TRANSLATORS[str(recipe["model"])].width / row.width)
     known = {field.name for field in fields(row)}

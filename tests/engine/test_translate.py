@@ -142,9 +142,13 @@ def test_hardly_any_translation_is_longer_than_expected(texts: Path, tmp_path: P
 def test_task_and_recipe_come_from_the_data(texts: Path, tmp_path: Path) -> None:
     settings = resolve({"data": str(texts), "out": str(tmp_path)})
     assert (settings.task, settings.recipe, settings.model) == ("translate", "translate", "transformer_tiny")
-    assert settings.network.norm_first and settings.lr == 3e-3 and settings.epochs is not None
+    assert settings.network.norm_first and settings.lr == 5e-3 and settings.epochs is not None
+    assert settings.optimizer.name == "muon"
     wide = resolve({"data": str(texts), "out": str(tmp_path), "model": "gru_attention"})
-    assert wide.network.norm_first is None and wide.lr == pytest.approx(1.5e-3)
+    assert wide.network.norm_first is None and wide.lr == pytest.approx(1.5e-3) and wide.optimizer.name == "adamw"
+    chosen = {"optimizer": {"name": "muon", "weight_decay": 0.1}}
+    asked = resolve({"data": str(texts), "out": str(tmp_path), "model": "gru", **chosen}).optimizer
+    assert (asked.name, asked.weight_decay, asked.beta2) == ("muon", 0.1, 0.98)
     assert resolve({"data": str(texts), "out": "x", "steps": 5}).epochs is None
     for changes, message in (
         ({"model": "vit_tiny"}, "does not translate"),
@@ -182,6 +186,7 @@ def test_fine_tuning_keeps_the_tokenizer(texts: Path, tmp_path: Path) -> None:
     engine.train(settings, show=False)
     assert load_network(settings.out)[1].tokenizer == load_network(tmp_path / "one")[1].tokenizer
     assert settings.text.max_length == 128 and settings.network.norm_first is None and settings.lr == 1e-4
+    assert settings.optimizer.name == "adamw"
     network, card = load_network(tmp_path / "one")
     short = {**card.architecture, "max_length": 20}  # sines and cosines are computed: any number of places fits
     save_model(tmp_path / "short.safetensors", network.state_dict(), replace(card, architecture=short))
