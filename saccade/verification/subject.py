@@ -63,7 +63,9 @@ class Subject:
 
     def reference(self) -> nn.Module:
         assert self.format.peer is not None
-        model = self.format.peer.build(self.row, self.classes, self.config)
+        # what we wrote says of the source what we read; only what the source itself says can contradict it
+        config = {} if self.written and not isinstance(self.row, TranslatorRow) else self.config
+        model = self.format.peer.build(self.row, self.classes, config)
         patterns = self.format.ignored
         return load_reference(
             model, self.theirs, lambda name: any(fnmatchcase(name, pattern) for pattern in patterns), self.source

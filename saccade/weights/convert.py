@@ -101,7 +101,7 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
         tokenizer, preprocessing = form.tokenizer(raw.tokenizer, raw.where), PreprocessingConfig()
         check_tokenizer(row, read_tokenizer(tokenizer, raw.where), raw.where)
     else:
-        preprocessing, found = read_preprocessing(raw.where, raw.config, raw.preprocessor, row, form.preprocessing)
+        preprocessing, found = read_preprocessing(raw.where, raw.config, raw.preprocessor, row, form.usual(row))
     class_names, more = read_class_names(raw.config, classes, _is_imagenet(raw, form, known), task_of(row))
     unknown = raw.licence == UNKNOWN_LICENCE
     return Imported(
@@ -150,6 +150,7 @@ def describe_network(where: str, row: Row, classes: int) -> nn.Module:
 def _row(raw: RawWeights, form: Format, shapes: Shapes, model: str | None, notes: list[str]) -> Row:
     if model is None:
         row = _ask(raw.where, form, lambda: form.row(shapes, raw.config))
+        row = _told(raw, form, row)
         if not raw.config:
             notes.append(f"no config.json: the form is read from the shapes ({row.about}); --model NAME says otherwise")
         return row
@@ -157,9 +158,20 @@ def _row(raw: RawWeights, form: Format, shapes: Shapes, model: str | None, notes
     if row.family != form.family:
         raise UserError(f"--model {model}: of the family {row.family!r}, but {raw.where} holds a {form.name}")
     try:
-        return replace(row, image_size=form.row(shapes, raw.config).image_size)
-    except recognition.ODD:
-        return row
+        read = form.row(shapes, raw.config)
+    except recognition.ODD:  # the name says what they leave open
+        read = None
+    if (meant := form.meant) is not None:
+        named, described = row, bool(raw.config)
+        row = _ask(raw.where, form, lambda: meant(named, read or named, described))
+    elif read is not None:
+        row = replace(row, image_size=read.image_size)
+    return _told(raw, form, row)
+
+
+def _told(raw: RawWeights, form: Format, row: Row) -> Row:
+    told = form.told
+    return row if told is None else _ask(raw.where, form, lambda: told(row, raw.tensors))
 
 
 def _ask(where: str, form: Format, question: Callable[[], T]) -> T:

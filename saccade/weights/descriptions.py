@@ -14,6 +14,7 @@ from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models.detector import DetectorRow
 from saccade.weights.formats.detr import side_by_edges
+from saccade.weights.formats.vit_huggingface import CLIP_MEAN, CLIP_STD, HALF
 
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 CODES = {name: code for code, name in PILLOW.items()}
@@ -21,6 +22,15 @@ KINDS = ("bilinear", "bicubic", "lanczos")
 PIXEL = 1 / 255
 NO_NAME = "N/A"  # of a number that a published detector skips; it is never predicted
 COCO = 91  # numbers, of which 80 are used
+# what transformers' classes take where a file does not say: interpolation, mean, std
+CLASSES: dict[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
+    "ViT": ("bilinear", HALF, HALF),
+    "DeiT": ("bicubic", HALF, HALF),
+    "Siglip": ("bicubic", HALF, HALF),
+    "CLIP": ("bicubic", CLIP_MEAN, CLIP_STD),
+    "Bit": ("bicubic", CLIP_MEAN, CLIP_STD),
+    "ConvNext": ("bilinear", HALF, HALF),
+}
 
 
 # --- preprocessing ---------------------------------------------------------------------------------------------------
@@ -72,14 +82,22 @@ def _from_timm(described: Mapping[str, Any], notes: list[str]) -> dict[str, Any]
 
 def _from_huggingface(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     usual = PreprocessingConfig()
-    mean, std = _three(given.get("image_mean") or usual.mean), _three(given.get("image_std") or usual.std)
+    kind = next((name for name in CLASSES if _type(given).startswith(name)), None)
+    interpolation, mean, std = CLASSES[kind] if kind else (None, usual.mean, usual.std)
+    mean, std = _three(given.get("image_mean") or mean), _three(given.get("image_std") or std)
+    unsaid = [name for name in ("image_mean", "image_std") if not given.get(name)]
+    if unsaid and given.get("do_normalize") is not False:
+        of = f"those of {_type(given)}" if kind else "those of ImageNet"
+        notes.append(f"preprocessor_config.json does not say {' and '.join(unsaid)}; {of} are assumed")
     if given.get("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
     factor = given.get("rescale_factor", PIXEL) if given.get("do_rescale", True) else 1.0
     if not math.isclose(factor, PIXEL, rel_tol=1e-6):  # ours are from 0 to 1 before they are normalised
         mean, std = tuple(m * PIXEL / factor for m in mean), tuple(s * PIXEL / factor for s in std)
     values: dict[str, Any] = {"mean": mean, "std": std}
-    if "resample" in given:
+    if "resample" not in given and interpolation:
+        values["interpolation"] = interpolation
+    elif "resample" in given:
         values["interpolation"] = _interpolation(PILLOW.get(given["resample"], str(given["resample"])), notes)
     edge, cropped = _edge(given.get("size"), notes), _edge(given.get("crop_size"), notes)
     if edge and cropped and given.get("do_center_crop", True):

@@ -464,3 +464,17 @@ def test_full_size(name, dtype):
     rules = format.rules(row, classes)
     images = picture(*size, count=1)
     agree(network, theirs, rules, images, targets, logits=format.peer.logits, dtype=dtype, ignored=format.ignored)
+
+
+def test_the_reference_is_built_as_its_source_describes_itself() -> None:
+    """Else what was misread would be built twice, and agree."""
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    assert timm and transformers and TIMM.peer is not None and HUGGINGFACE.peer is not None
+    written = TIMM.write_config(TINY, 10)
+    theirs: Any = TIMM.peer.build(TINY, 10, {**written, "architecture": "vit_base_patch16_clip_quickgelu_224.openai"})
+    assert theirs.blocks[0].norm1.eps == 1e-5 != TINY.norm_eps
+    unknown: Any = TIMM.peer.build(TINY, 10, {**written, "architecture": "vit_of_another_library"})
+    assert unknown.blocks[0].norm1.eps == TINY.norm_eps
+    written = HUGGINGFACE.write_config(HF, 10)
+    inner: Any = HUGGINGFACE.peer.build(HF, 10, {**written, "hidden_act": "relu", "id2label": {"0": "one"}})
+    assert inner.inner.config.hidden_act == "relu" and inner.inner.config.num_labels == 10

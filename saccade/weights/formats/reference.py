@@ -31,6 +31,28 @@ def exact(images: Tensor) -> AbstractContextManager[Any]:
     return InDouble() if images.dtype == torch.float64 else nullcontext()
 
 
+def as_described(config: Mapping[str, Any], classes: int, **more: Any) -> nn.Module | None:
+    """timm's own model as the source's config.json describes it; None where that names none of timm's.
+
+    So a form that was misread departs, instead of being built twice.
+    """
+    import timm
+
+    name = str(config.get("architecture") or "").split(".")[0]
+    if not name or not timm.is_model(name):
+        return None
+    return timm.create_model(name, num_classes=classes, **{**(config.get("model_args") or {}), **more})
+
+
+SAID_OTHERWISE = ("architectures", "id2label", "label2id", "num_labels", "dtype", "torch_dtype")
+
+
+def stated(config: Mapping[str, Any], instead: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' classes are described by: the source's own words, and without any what we would write."""
+    words = config.get("vision_config", config) or instead
+    return {name: value for name, value in words.items() if name not in SAID_OTHERWISE}
+
+
 class FileNamed(nn.Module):
     """A reference model under the names of its files, where those in memory are others.
 

@@ -14,6 +14,7 @@ from saccade.backbones.resnet import EXPANSION, ResNetConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.weights.formats.convolution import conv_norm
+from saccade.weights.formats.reference import as_described, stated
 from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, module
 
 WIDTHS = (64, 128, 256, 512)  # the only ones that torchvision builds
@@ -134,6 +135,9 @@ def plain_row(shapes: Shapes, config: Mapping[str, Any]) -> ResNetConfig:
     widths = _plain_widths(shapes)
     assert widths is not None
     arguments = config.get("model_args") or {}
+    act = arguments.get("act_layer", "relu")
+    if act != "relu":
+        raise UserError(f"config.json: a ResNet with act_layer {act!r} is not supported, only 'relu'")
     stride = arguments.get("output_stride", 32)
     if stride not in (16, 32):
         raise UserError(f"a ResNet with an output stride of {stride} is not supported, only 32 and 16")
@@ -175,6 +179,8 @@ def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
     assert isinstance(row, ResNetConfig) and row.stem == 64
+    if (described := as_described(config, classes)) is not None:
+        return described
     return ResNet(
         Bottleneck if row.bottleneck else BasicBlock,  # pyright: ignore[reportArgumentType]
         row.depths,
@@ -269,7 +275,7 @@ def _build_hf(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from transformers import ResNetConfig as TheirConfig
     from transformers import ResNetForImageClassification, ResNetModel
 
-    values = TheirConfig.from_dict({**huggingface_config(row, classes), "num_labels": classes})
+    values = TheirConfig.from_dict({**stated(config, huggingface_config(row, classes)), "num_labels": classes})
     return ResNetForImageClassification(values) if classes else ResNetModel(values)
 
 

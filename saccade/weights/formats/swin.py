@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from saccade.backbones.base import Row
 from saccade.backbones.swin import SWIN, SwinConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
-from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, module, packed, same
+from saccade.weights.formats.reference import as_described, stated
+from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, State, module, packed, same
 
 
 @dataclass(frozen=True)
@@ -259,8 +260,49 @@ LIKE_TIMM: dict[str, Any] = {"pad_first": False, "unshifted": "built"}
 LIKE_SWINV2: dict[str, Any] = {"pad_first": True, "unshifted": "built"}  # of Hugging Face
 
 
+def _meant(*ways: Mapping[str, Any]) -> Callable[[Row, Row, bool], Row]:
+    """A row of the table, with the ways of a dialect, by version, with sizes that windows do not divide."""
+
+    def meant(named: Row, read: Row, described: bool) -> Row:
+        assert isinstance(named, SwinConfig)
+        return replace(named, image_size=read.image_size, **ways[named.version - 1])
+
+    return meant
+
+
+def _told_unit(row: Row, state: State) -> Row:
+    """Offsets of version 2 are divided by the reach of the window that was trained with first, which only the values of
+    the saved table tell: its largest is log2(8 (w - 1) / (t - 1) + 1) / 3 with windows of w now, and of t then.
+    """
+    assert isinstance(row, SwinConfig)
+    names = [f"{_at(ORIGINAL.block, s)}.attn.relative_coords_table" for s in range(len(row.depths))]
+    if row.version == 1 or not all(name in state for name in names):
+        return row
+    reach = [(2 ** (3 * float(state[name].max())) - 1) / 8 for name in names]
+    if not all(0 < share < math.inf for share in reach):
+        return row  # windows of a single token
+    trained = tuple(round((w - 1) / share) + 1 for w, share in zip(row.windows, reach, strict=True))
+    return replace(row, trained_windows=None if trained == row.windows else trained)
+
+
 def _original_row(shapes: Shapes, config: Mapping[str, Any]) -> SwinConfig:
     return replace(_from_shapes(shapes, ORIGINAL, HINT), **LIKE_TIMM)  # theirs takes no size but its own
+
+
+TORCHVISION_EDGES = {  # of the six that are published: version, blocks of the third stage, width -> pixels to crop from
+    (1, 6, 96): 232,
+    (1, 18, 96): 246,
+    (1, 18, 128): 238,
+    (2, 6, 96): 260,
+    (2, 18, 96): 260,
+    (2, 18, 128): 272,
+}
+
+
+def _torchvision_preprocessing(row: Row) -> PreprocessingConfig:
+    assert isinstance(row, SwinConfig)
+    edge = TORCHVISION_EDGES.get((row.version, row.depths[2] if len(row.depths) > 2 else 0, row.dim))
+    return PreprocessingConfig(stride=32, crop=(224 if row.version == 1 else 256) / edge if edge else 0.96)
 
 
 def _torchvision_row(shapes: Shapes, config: Mapping[str, Any]) -> SwinConfig:
@@ -355,6 +397,8 @@ def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
     assert isinstance(row, SwinConfig)
+    if (described := as_described(config, classes, strict_img_size=False)) is not None:
+        return described
     kind = SwinTransformer if row.version == 1 else SwinTransformerV2
     return kind(num_classes=classes, strict_img_size=False, drop_path_rate=row.drop_path, **_timm_arguments(row))
 
@@ -429,14 +473,12 @@ def _build_hf(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     assert isinstance(row, SwinConfig)
-    drop = ("architectures", "model_type", "hidden_size")
-    values = {name: value for name, value in _hf_config(row, classes).items() if name not in drop}
-    values["num_labels"] = classes
+    values = {**stated(config, _hf_config(row, classes)), "num_labels": classes}
     if row.version == 2:
-        described = transformers.Swinv2Config(**values)
+        described = transformers.Swinv2Config.from_dict(values)
         kind = transformers.Swinv2ForImageClassification if classes else transformers.Swinv2Model
         return kind(described)
-    described = transformers.SwinConfig(**values)
+    described = transformers.SwinConfig.from_dict(values)
     model = (transformers.SwinForImageClassification if classes else transformers.SwinModel)(described)
     for layer in model.modules():
         if type(layer).__name__ == "SwinLayer":
@@ -541,6 +583,7 @@ FORMATS: tuple[Format, ...] = (
         ignored=IGNORED,
         peer=Peer("timm", _build_timm, _call),
         preprocessing=PreprocessingConfig(stride=32, crop=0.9),
+        meant=_meant(LIKE_TIMM, LIKE_TIMM),
     ),
     Format(
         dialect="huggingface",
@@ -554,6 +597,7 @@ FORMATS: tuple[Format, ...] = (
         ignored=(*IGNORED, "*embeddings.mask_token"),
         peer=Peer("transformers", _build_hf, _hf_logits),
         preprocessing=PreprocessingConfig(stride=32),
+        meant=_meant({"unshifted": "picture"}, LIKE_SWINV2),
     ),
     Format(
         dialect="torchvision",
@@ -566,7 +610,8 @@ FORMATS: tuple[Format, ...] = (
         write_config=_torchvision_config,
         ignored=IGNORED,
         peer=Peer("torchvision", _build_torchvision, _call),
-        preprocessing=PreprocessingConfig(stride=32, crop=0.96),
+        preprocessing=_torchvision_preprocessing,
+        meant=_meant({}, {}),
     ),
     Format(
         dialect="original",
@@ -579,5 +624,7 @@ FORMATS: tuple[Format, ...] = (
         write_config=lambda row, classes: {},
         ignored=IGNORED,
         preprocessing=PreprocessingConfig(stride=32, crop=0.875),
+        told=_told_unit,
+        meant=_meant(LIKE_TIMM, LIKE_TIMM),
     ),
 )

@@ -135,12 +135,21 @@ class Format:
     write_config: Callable[[Row, int], dict[str, Any]]  # their config.json; class names and such are added by others
     ignored: tuple[str, ...] = ()  # patterns of keys that carry nothing to learn (index buffers, mask tokens)
     peer: Any = None  # of a model of pictures a Peer, of a detector a DetectorPeer, of texts a TranslatorPeer; or None
-    preprocessing: PreprocessingConfig | None = None  # where the source says nothing
+    # where the source says nothing; or by the form
+    preprocessing: PreprocessingConfig | Callable[[Row], PreprocessingConfig] | None = None
     processor: Callable[[PreprocessingConfig], dict[str, Any]] | None = None  # their own words in preprocessor_config
     # (tensors, config) -> the tensors with those that a file leaves out because it holds them under another name
     complete: Callable[[State, Mapping[str, Any]], State] | None = None
     # (files beside the weights by name, what messages call them) -> the tokenizer for our model file
     tokenizer: Callable[[Mapping[str, bytes], str], str] | None = None
+    # (form, tensors) -> the form with what values tell and shapes do not
+    told: Callable[[Row, State], Row] | None = None
+    # (a row of our table, the form as it was read, is there a config.json) -> the form that is meant by the row's name
+    meant: Callable[[Row, Row, bool], Row] | None = None
+
+    def usual(self, row: Row) -> PreprocessingConfig | None:
+        """How pictures are prepared where the source says nothing."""
+        return self.preprocessing(row) if callable(self.preprocessing) else self.preprocessing
 
     @property
     def name(self) -> str:

@@ -15,17 +15,21 @@ from saccade.backbones.vit import ViTConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.layers.feedforward import SWIGLU
-from saccade.weights.formats.reference import FileNamed, transformers_places
+from saccade.weights.formats.reference import FileNamed, stated, transformers_places
 from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage
 from saccade.weights.formats.vit_names import (
     Names,
     depth_of,
     grid_side,
     likely_heads,
+    meant,
     shape_of,
     vit_rules,
     vit_stages,
 )
+
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 _DINOV2 = Names(
     patches="embeddings.patch_embeddings.projection",
@@ -228,11 +232,19 @@ def huggingface_rules(row: Row, classes: int, *, flipped: bool = False) -> list[
 
 def _of_token_alone(rule: Rule) -> Rule:
     """Their classifier of DINOv2 also sees the mean of the patches; here with weights of zero."""
+
+    def read(both: Tensor) -> Tensor:
+        of_token, of_mean = both.chunk(2, dim=1)
+        if of_mean.any():
+            raise ValueError("the classifier looks at the mean of the patches, too, which this form does not have")
+        return of_token
+
     return Rule(
         rule.ours,
         rule.theirs,
-        lambda both: both.chunk(2, dim=1)[0],
+        read,
         lambda weight: (torch.cat((weight, torch.zeros_like(weight)), dim=1),),
+        gradient=lambda both: both.chunk(2, dim=1)[0],
     )
 
 
@@ -298,6 +310,8 @@ def huggingface_row(shapes: Shapes, config: Mapping[str, Any]) -> ViTConfig:
     gated = f"{p}{block}.mlp.weights_out.weight" in shapes or f"{p}{block}.mlp.gate_proj.weight" in shapes
     down = names.gate_down if gated else names.mlp[1]
     bias = [f"{p}{block}.{name}".replace("*", "bias") in shapes for name in (names.qkv[0], names.qkv[1])]
+    if float(values.get("rope_theta", 100.0)) != 100.0:
+        raise UserError(f"config.json: rope_theta {values['rope_theta']} is in no model here, only 100")
     act = values.get("hidden_act")
     if act is not None and act not in OUR_MLPS and not gated:
         raise UserError(f"config.json: hidden_act {act!r} is in no model here")
@@ -389,10 +403,12 @@ def build_huggingface(row: Row, classes: int, config: Mapping[str, Any], *, flip
     import transformers
 
     assert isinstance(row, ViTConfig)
-    values = huggingface_config(row, classes)
-    kind, (architecture,) = values.pop("model_type"), values.pop("architectures")
+    kind, architecture = kind_of(row), _model(row, classes)
     model_class = getattr(transformers, architecture)
-    settings = model_class.config_class(**values, **({"num_labels": classes} if classes else {}))
+    values = stated(config, huggingface_config(row, classes))
+    values |= {"num_labels": classes} if classes else {}
+    values |= {"projection_dim": row.projection} if row.projection else {}
+    settings = model_class.config_class.from_dict(values)
     bare = {"add_pooling_layer": False} if architecture in ("ViTModel", "DeiTModel") else {}
     inner = model_class(settings, **bare)
     prefix = _prefix(kind, classes, flipped=flipped)
@@ -471,6 +487,26 @@ IGNORED = (
 )
 
 
+def usual_preprocessing(row: Row) -> PreprocessingConfig:
+    """Of the model type's published weights."""
+    assert isinstance(row, ViTConfig)
+    try:
+        kind = kind_of(row)
+    except NoWords:
+        return PreprocessingConfig()
+    half, cropped = {"mean": HALF, "std": HALF}, {"crop": 0.875}
+    usual: dict[str, dict[str, Any]] = {
+        "vit": {**half, "interpolation": "bilinear"},
+        "deit": cropped,
+        "dinov2": cropped,
+        "dinov2_with_registers": cropped,
+        "dinov3_vit": {"interpolation": "bilinear"},
+        "clip_vision_model": {"mean": CLIP_MEAN, "std": CLIP_STD},
+        "siglip_vision_model": half,
+    }
+    return PreprocessingConfig.model_validate(usual[kind])
+
+
 def _format(*, flipped: bool) -> Format:
     return Format(
         dialect="huggingface",
@@ -487,7 +523,8 @@ def _format(*, flipped: bool) -> Format:
             lambda row, classes, config: build_huggingface(row, classes, config, flipped=flipped),
             lambda model, images: model(images),
         ),
-        preprocessing=PreprocessingConfig(),
+        preprocessing=usual_preprocessing,
+        meant=meant,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.backbones.base import Row
 from saccade.backbones.vit import ViTConfig
 from saccade.errors import UserError
 from saccade.layers.feedforward import SWIGLU
@@ -305,3 +306,16 @@ def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
     if name not in shapes:
         raise UserError(f"looks like a ViT, but {name} is missing: is the file complete?")
     return shapes[name]
+
+
+def meant(named: Row, read: Row, described: bool) -> Row:
+    """What was read, with what a name says that shapes leave open. A config.json says that, too."""
+    assert isinstance(named, ViTConfig) and isinstance(read, ViTConfig)
+    for size in ("dim", "depth", "hidden", "patch_size"):
+        ours, theirs = getattr(named, size), getattr(read, size)
+        if ours != theirs:
+            raise UserError(f"--model means a {size} of {ours}, but the weights have {theirs}; leave it out")
+    if described:
+        return read
+    activation = read.mlp if SWIGLU in (read.mlp, named.mlp) else named.mlp
+    return replace(read, heads=named.heads, norm_eps=named.norm_eps, mlp=activation)

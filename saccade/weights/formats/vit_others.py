@@ -24,6 +24,7 @@ from saccade.weights.formats.vit_names import (
     depth_of,
     grid_side,
     likely_heads,
+    meant,
     shape_of,
     vit_rules,
     vit_stages,
@@ -123,6 +124,7 @@ def _torchvision(names: Names) -> Format:
             lambda model, images: model(images),
         ),
         preprocessing=PreprocessingConfig(crop=0.875, interpolation="bilinear"),
+        meant=meant,
     )
 
 
@@ -185,25 +187,34 @@ def original_row(shapes: Shapes, names: Names) -> ViTConfig:
     )
 
 
-def _original(names: Names, found_by: tuple[str, ...], *, class_position: bool = True, rotary: bool = False) -> Format:
+def _original(
+    names: Names, found_by: tuple[str, ...], *, class_position: bool = True, rotary: bool = False, crop: float = 1.0
+) -> Format:
     def classes(shapes: Shapes, config: Mapping[str, Any]) -> int:
         return shapes["head.weight"][0] if "head.weight" in shapes else 0
 
     return Format(
         dialect="original",
         family=ViTConfig.family,
-        recognises=lambda shapes, config: all(key in shapes for key in ("patch_embed.proj.weight", *found_by)),
+        recognises=lambda shapes, config: (
+            "architecture" not in config  # timm's, which has models of the same names that compute something else
+            and all(key in shapes for key in ("patch_embed.proj.weight", *found_by))
+        ),
         row=lambda shapes, config: original_row(shapes, names),
         classes=classes,
         rules=lambda row, classes: original_rules(row, classes, names, class_position=class_position, rotary=rotary),
         stages=lambda row: [],
         write_config=lambda row, classes: {},
         ignored=("mask_token", "*.bias_mask", "rope_embed.*", "local_cls_norm.*"),
-        preprocessing=PreprocessingConfig(),
+        preprocessing=PreprocessingConfig(crop=crop),
+        meant=meant,
     )
 
 
 # --- the authors of ViT: .npz ----------------------------------------------------------------------------------------
+#
+# flax's GELU, which their code calls, is the tanh form; timm and transformers compute these weights with the exact one,
+# and so does this.
 
 Read = Callable[[Tensor], Tensor]
 
@@ -317,9 +328,10 @@ NPZ = Format(
     stages=lambda row: [],
     write_config=lambda row, classes: {},
     preprocessing=PreprocessingConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    meant=meant,
 )
 TORCHVISION, TORCHVISION_1 = _torchvision(TORCHVISION_NAMES), _torchvision(TORCHVISION_1_NAMES)
-DINOV2 = _original(DINOV2_NAMES, ("mask_token", "pos_embed", "blocks.0.ls1.gamma"))
-DINOV2_QUARTERS = _original(DINOV2_QUARTERS_NAMES, ("pos_embed", "blocks.0.0.ls1.gamma"))
+DINOV2 = _original(DINOV2_NAMES, ("mask_token", "pos_embed", "blocks.0.ls1.gamma"), crop=0.875)
+DINOV2_QUARTERS = _original(DINOV2_QUARTERS_NAMES, ("pos_embed", "blocks.0.0.ls1.gamma"), crop=0.875)
 DEIT3 = _original(DEIT3_NAMES, ("pos_embed", "blocks.0.gamma_1"), class_position=False)
 DINOV3 = _original(DINOV3_NAMES, ("storage_tokens", "blocks.0.ls1.gamma"), rotary=True)

@@ -16,7 +16,7 @@ from saccade.backbones.vit import VIT, ViTConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.layers.feedforward import SWIGLU
-from saccade.weights.formats.reference import exact
+from saccade.weights.formats.reference import as_described, exact
 from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage
 from saccade.weights.formats.vit_names import (
     Names,
@@ -24,6 +24,7 @@ from saccade.weights.formats.vit_names import (
     extra_rows,
     grid_side,
     likely_heads,
+    meant,
     shape_of,
     vit_rules,
     vit_stages,
@@ -83,7 +84,7 @@ TRAITS = (
     Trait(r"giantopt|base_patch16_gap_224", {"heads": 16}),
 )
 # of the same names of tensors, but with blocks that compute something else
-OTHERS = r"_rpn_|_xp_|_dwee_|_dlittle_|_radio_|naflex|^beit3|^eva|^test_vit3"
+OTHERS = r"_rope_|_pe_|_rpn_|_xp_|_dwee_|_dlittle_|_radio_|naflex|^beit3|^eva|^test_vit3"
 
 
 def names_of(row: ViTConfig) -> Names:
@@ -134,7 +135,12 @@ def is_timm(shapes: Shapes, config: Mapping[str, Any]) -> bool:
         return False
     if "blocks.0.gamma_1" in keys and "pos_embed" in keys:
         return False  # the authors' DeiT III
-    return re.search(OTHERS, str(config.get("architecture", ""))) is None
+    stated = str(config.get("architecture", ""))
+    if "pos_embed" not in keys and "cls_token" not in keys and "dinov3" not in stated:
+        return False  # rotary positions of another kind
+    if {"attn_pool.latent", "norm_pre.weight"} <= keys and not stated:
+        return False  # a Perception Encoder, with rotary positions that are no tensor
+    return re.search(OTHERS, stated) is None
 
 
 def timm_row(shapes: Shapes, config: Mapping[str, Any]) -> ViTConfig:
@@ -215,8 +221,11 @@ def _with_traits(row: ViTConfig, arguments: Mapping[str, Any]) -> ViTConfig:
             row = replace(row, **values)
     if "num_heads" in arguments:
         row = replace(row, heads=int(arguments["num_heads"]))
-    if arguments.get("act_layer") in OUR_MLPS and row.mlp != SWIGLU:
-        row = replace(row, mlp=OUR_MLPS[arguments["act_layer"]])
+    act = arguments.get("act_layer")
+    if act is not None and row.mlp != SWIGLU:
+        if act not in OUR_MLPS:
+            raise UserError(f"config.json: act_layer {act!r} is in no ViT here, only {', '.join(OUR_MLPS)}")
+        row = replace(row, mlp=OUR_MLPS[act])
     return row
 
 
@@ -301,9 +310,13 @@ KNOWN = {
 
 def timm_config(row: Row, classes: int) -> dict[str, Any]:
     assert isinstance(row, ViTConfig)
-    if row.norm_eps not in ((1e-5,) if row.position == "rotary" else (1e-5, 1e-6)):
-        # HF's 1e-12 and timm's 1e-6 are one in practice
-        row = replace(row, norm_eps=1e-5 if row.position == "rotary" else 1e-6)
+    usual = (1e-5,) if row.position == "rotary" else (1e-6,)
+    if row.position != "rotary" and row.pool != "distilled" and row.mlp != SWIGLU:
+        usual = (1e-6, 1e-5)
+    if row.norm_eps not in usual:
+        if row.norm_eps > usual[0]:
+            raise NoWords(f"timm has no such ViT whose norms have eps {row.norm_eps:g}, only {usual[0]:g}")
+        row = replace(row, norm_eps=usual[0])  # HF's 1e-12 and timm's 1e-6 are one in practice
     known = next((name for name in KNOWN if VIT[name].is_like(row) and VIT[name].norm_eps == row.norm_eps), None)
     outputs = row.projection or classes
     return {
@@ -326,6 +339,8 @@ def build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     assert isinstance(row, ViTConfig)
     norm = partial(LayerNorm, eps=row.norm_eps)
     outputs = row.projection or classes
+    if (described := as_described(config, outputs, dynamic_img_size=True)) is not None:
+        return described
     arguments = {**_arguments(row), "norm_layer": norm, "num_classes": outputs, "dynamic_img_size": True}
     if row.position == "rotary":
         rotary = {
@@ -364,5 +379,6 @@ TIMM = Format(
     write_config=timm_config,
     ignored=("rope.*", "*.attn.k_bias"),
     peer=Peer("timm", build_timm, timm_logits),
-    preprocessing=PreprocessingConfig(),
+    preprocessing=PreprocessingConfig(crop=0.875),  # of DeiT and DINO, whose files come bare
+    meant=meant,
 )
