@@ -10,7 +10,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from saccade.config import DataConfig, PreprocessingConfig, describe_faults
 from saccade.data.loader import eval_batches, measure_sizes
-from saccade.data.source import LabelledSource, Source, open_file
+from saccade.data.source import FileSource, LabelledSource, Source, open_file
 from saccade.data.sources import open_pictures
 from saccade.data.transforms import EvalTransform, collate_eval
 from saccade.engine.device import autocast
 from saccade.engine.evaluate import Normalise
+from saccade.engine.lock import NAME as LOCK
+from saccade.engine.lock import alone_in
 from saccade.engine.predict import Model, PictureInput, list_inputs, open_picture
 from saccade.engine.vector_files import Rows, check_suffix, read_metadata, write_vectors
 from saccade.errors import UserError
@@ -234,6 +236,23 @@ def embed_to_file(
     if finished is not None:
         parts.remove()
         return finished
+    busy = f"{path}: another process is writing it; let that one end, or choose another --out"
+    with alone_in(parts.path, busy):
+        finished = finished_already(path, job)  # meanwhile, by the one that was here before
+        return finished or _in_parts(encoder, source, parts, path, batch_size, workers, progress, say)
+
+
+def _in_parts(
+    encoder: Encoder,
+    source: FileSource,
+    parts: PartsFolder,
+    path: Path,
+    batch_size: int,
+    workers: int,
+    progress: Progress | None,
+    say: Callable[[str], None],
+) -> EmbeddedFile:
+    """What is not done yet, then the whole file."""
     done = parts.open()
     sizes = parts.sizes(source)
     if done.any():
@@ -250,12 +269,17 @@ def embed_to_file(
     writer.flush()
     merged = parts.merge(len(source))
     complaints = merged.complaints()
+    if missing := merged.missing:
+        raise UserError(
+            f"{parts.path}: lacks {counted(missing, 'picture')} that were done; did something else change it "
+            "meanwhile? The same command does them anew"
+        )
     if merged.vectors is None:
         parts.remove()
         listed = "".join(f"\n  {line}" for line in complaints)
         raise UserError(f"{path}: not written, because none of the pictures could be read:{listed}")
     rows = merged.rows(source.files, sizes)
-    write_vectors(path, rows, {**job, "unreadable": complaints})
+    write_vectors(path, rows, {**parts.job, "unreadable": complaints})
     channels = rows.vectors.shape[1]
     del rows, merged
     parts.remove()
@@ -332,6 +356,13 @@ class Merged:
             self.done[part.indices] = True
         self.unreadable.update(part.unreadable)
 
+    @property
+    def missing(self) -> int:
+        """Pictures that have neither a vector nor a complaint."""
+        seen = self.done.copy()
+        seen[list(self.unreadable)] = True
+        return int((~seen).sum())
+
     def complaints(self) -> list[str]:
         return [self.unreadable[i] for i in sorted(self.unreadable)]
 
@@ -346,17 +377,16 @@ class Merged:
 
 @dataclass(frozen=True)
 class PartsFolder:
-    """The hidden folder beside --out in which finished parts wait: `job.json`, `sizes.npy`, `part-*.npz`."""
+    """The hidden folder beside --out in which finished parts wait: `job.json`, `sizes.npy`, `part-*.npz`.
+
+    Whoever opens it holds its lock: parts of two processes would take each other's names.
+    """
 
     path: Path
     job: dict[str, Any]
 
     def open(self) -> np.ndarray:
-        """Make the folder, or find the same job's one; which pictures are done, bool (N,)."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
+        """Begin here, or find the same job's parts; which pictures are done, bool (N,)."""
         description = self.path / "job.json"
         if description.exists():
             try:
@@ -419,6 +449,11 @@ class PartsFolder:
         return merged
 
     def remove(self) -> None:
+        """The lock comes last: who finds none may begin anew here, and nothing of that one is taken away."""
+        for file in self.path.glob("*"):
+            if file.name != LOCK:
+                with suppress(OSError):
+                    file.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
 

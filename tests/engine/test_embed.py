@@ -297,6 +297,56 @@ def test_a_damaged_part_is_named(model: Model, photos: Path, tmp_path: Path) -> 
     assert embed_to_file(model, [photos], out, batch_size=2).count == 10
 
 
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_is_refused_until_it_ends(model: Model, photos: Path, tmp_path: Path) -> None:
+    out, parts = tmp_path / "vectors.npz", tmp_path / ".vectors.npz.parts"
+    with pytest.raises(Killed):
+        embed_to_file(model, [photos], out, batch_size=2, progress=killer(4))
+    command = [sys.executable, "-c", HOLD, str(parts / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        before = sorted(parts.iterdir())
+        with pytest.raises(UserError, match=r"vectors\.npz: another process is writing it.*choose another --out"):
+            embed_to_file(model, [photos], out, batch_size=2)
+        assert sorted(parts.iterdir()) == before and not out.exists()
+        other.kill()
+    assert embed_to_file(model, [photos], out, batch_size=2).count == 10
+    assert not parts.exists()
+
+
+def test_another_call_is_refused(model: Model, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors.npz"
+
+    def again(done: int, total: int) -> None:
+        with pytest.raises(UserError, match="another process is writing it"):
+            embed_to_file(model, [photos], out)
+
+    assert embed_to_file(model, [photos], out, progress=again).count == 10
+
+
+def test_rows_that_vanish_are_missed(model: Model, photos: Path, tmp_path: Path) -> None:
+    """As where a part was taken for another: nothing is written that lacks pictures."""
+    out, lost = tmp_path / "vectors.npz", []
+
+    def lose(done: int, total: int) -> None:
+        if not lost:
+            lost.extend((tmp_path / ".vectors.npz.parts").glob("part-*.npz"))
+            lost[0].unlink()
+
+    with pytest.raises(UserError, match=r"lacks 2 pictures that were done.*does them anew"):
+        embed_to_file(model, [photos], out, batch_size=2, progress=lose)
+    assert not out.exists()
+    assert embed_to_file(model, [photos], out, batch_size=2).count == 10
+
+
 KILLED = """
 import os, signal, sys
 import torch

@@ -1,0 +1,59 @@
+"""One process at a time works in a folder. The lock ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from saccade.errors import UserError
+
+NAME = "lock"
+TRIES = 100  # each time, whoever was done here has just removed the folder
+BUSY = (BlockingIOError, PermissionError)
+_ours: set[Path] = set()  # the system's lock is the process's; this is between its threads
+
+
+@contextmanager
+def alone_in(folder: Path, refusal: str) -> Iterator[None]:
+    """Make the folder and hold it; where another process, or call, has it, a UserError with these words.
+
+    The lock is of the kind that processes forked from this one do not share: its workers may outlive it for a while.
+    """
+    path = folder.resolve() / NAME
+    if path in _ours:
+        raise UserError(refusal)
+    _ours.add(path)
+    descriptor = None
+    try:
+        descriptor = _take(path, refusal)
+        yield
+    finally:
+        _ours.discard(path)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _take(path: Path, refusal: str) -> int:
+    for _ in range(TRIES):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{path.parent}: cannot be made ({error.strerror}); choose another --out") from None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BUSY:
+            os.close(descriptor)
+            raise UserError(refusal) from None
+        except OSError:
+            return descriptor  # a file system without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
+    raise UserError(f"{path.parent}: appears and disappears; choose another --out")
