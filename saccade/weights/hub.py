@@ -49,8 +49,23 @@ def weight_files(names: Iterable[str]) -> list[str]:
 def fetch(name: str, revision: str | None = None) -> tuple[Path, list[str]]:
     """The folder of a repository's snapshot in the hub's cache, and what there is to say of how it came."""
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(
+            f"{name}: not a possible name on the hub, whose names are owner/name of letters without accents, digits, "
+            "'-', '_' and '.', of 96 characters at most, without '--' and '..' and with neither '-', '.' nor '.git' at "
+            "the end; check the spelling"
+        ) from None
     if constants.HF_HUB_OFFLINE:
         return _cached(name, revision, "offline mode is on (HF_HUB_OFFLINE)"), []
     try:

@@ -409,6 +409,21 @@ def test_folder_on_disk_comes_before_the_hub(hub: SimpleNamespace, monkeypatch: 
     assert equal(open_weights("owner/model").tensors, hub.tensors) and Hub.asked == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["owner/model.", "owner/a--b", "owner/a..b", "owner/x.git", f"owner/{'x' * 97}", "owner/modèle", "ownér/model"],
+)
+@pytest.mark.parametrize("how", ["a hub", "offline mode"])
+def test_names_that_the_hub_cannot_have(
+    hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    if how == "offline mode":
+        offline(monkeypatch)
+    refused(name, f"{name}: not a possible name on the hub", "check the spelling")
+    refused(f"{name}@v1", "not a possible name")
+    assert Hub.asked == []
+
+
 def test_names_that_are_almost_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused("vit_small_patch16_224.augreg_in1k", "timm/vit_small_patch16_224.augreg_in1k")
