@@ -29,6 +29,8 @@ from saccade.weights.unwrap import shortened
 
 T = TypeVar("T")
 WIDEST = 100_000  # of any figure of an architecture; larger ones come from damaged or hostile descriptions
+# Words in the names of figures that count parts, each of which has tensors of its own.
+REPEATED = ("depth", "layers", "blocks", "repeats", "groups", "levels", "summaries")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
     shapes = shapes_of(raw.tensors)
     notes: list[str] = []
     row = _row(raw, form, shapes, model, notes)
-    _refuse_absurd(raw.where, row, shapes)
+    refuse_absurd(raw.where, row, len(shapes))
     classes = _ask(raw.where, form, lambda: form.classes(shapes, raw.config))
     rules = _ask(raw.where, form, lambda: form.rules(row, classes))
     network = describe_network(raw.where, row, classes)
@@ -185,17 +187,21 @@ def _ask(where: str, form: Format, question: Callable[[], T]) -> T:
         raise UserError(f"{where}: recognised as {form.name}, but its description is incomplete ({what})") from None
 
 
-def _refuse_absurd(where: str, row: Row, shapes: Shapes) -> None:
+def refuse_absurd(where: str, row: Row, tensors: int) -> None:
     """Before anything is built: no figure beyond reason, and no more blocks than there are tensors."""
     described = asdict(row)
     inner = described.pop("backbone", None)  # of a detector
     for name, value in [*described.items(), *(inner.items() if isinstance(inner, dict) else ())]:
         figures = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int | float)]
-        most = len(shapes) if "depth" in name else WIDEST
+        counts = any(word in name for word in REPEATED)
+        most = tensors if counts else WIDEST
         if name in STEERING:  # of these only the tokens' table can say
             continue
-        if any(not abs(figure) <= most for figure in figures) or ("depth" in name and sum(figures) > most):
-            raise UserError(f"{where}: claims {name} = {value}, which these {len(shapes)} tensors cannot be; damaged")
+        if any(not abs(figure) <= most for figure in figures) or (counts and sum(figures) > most):
+            said = f"{name} = {str(value):.80}"
+            raise UserError(f"{where}: claims {said}, which these {tensors} tensors cannot be; damaged")
+        if len(figures) > tensors:
+            raise UserError(f"{where}: claims {len(figures)} {name}, which these {tensors} tensors cannot be; damaged")
 
 
 def _refuse_non_finite(raw: RawWeights, rules: list[Rule]) -> None:

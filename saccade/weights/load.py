@@ -16,7 +16,7 @@ from saccade.models.classifier import Classifier
 from saccade.models.detector import Detector, DetectorRow
 from saccade.models.translator import Translator, TranslatorRow
 from saccade.tokenizer import Tokenizer
-from saccade.weights.convert import check_tokenizer, import_weights
+from saccade.weights.convert import check_tokenizer, import_weights, refuse_absurd
 from saccade.weights.model_file import ModelCard, check_weights, find_model, load_model_file, read_metadata
 from saccade.weights.recognition import ODD
 from saccade.weights.source import open_weights
@@ -41,7 +41,9 @@ def load_weights(source: str | Path) -> Loaded:
     if is_ours(path):
         path = find_model(path)
         weights, card = load_model_file(path)
-        return Loaded(weights, read_row(card.architecture, str(path)), card, str(path), [])
+        row = read_row(card.architecture, str(path))
+        refuse_absurd(str(path), row, len(weights))
+        return Loaded(weights, row, card, str(path), [])
     raw = open_weights(str(source))
     found = import_weights(raw)
     return Loaded(found.weights, found.row, found.card(), str(source), [*raw.notes, *found.notes])

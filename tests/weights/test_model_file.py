@@ -247,7 +247,11 @@ def test_unknown_architecture(path: Path, weights: dict[str, Tensor], name: Any)
 
 
 def test_absurd_architecture_takes_no_memory(path: Path, weights: dict[str, Tensor]) -> None:
-    refused(write(path, weights, {**good(), "architecture": {**good()["architecture"], "dim": 4 * 10**6}}), "faults")
+    described = good()["architecture"]
+    refused(write(path, weights, {**good(), "architecture": {**described, "dim": 99_968}}), "faults")
+    for name in ("dim", "depth"):  # of blocks on no device there is no end, either
+        values = {**good(), "architecture": {**described, name: 10**9}}
+        refused(write(path, weights, values), f"claims {name} = 1000000000", "cannot be; damaged")
 
 
 # --- weights that do not fit -----------------------------------------------------------------------------------------
