@@ -67,7 +67,7 @@ class ModelCard:
                 metrics={str(k): float(v) for k, v in values.get("metrics", {}).items()},
                 **{k: str(values.get(k, "")) for k in ("training_data", "licence", "provenance", "library_version")},
             )
-        except (KeyError, TypeError, AttributeError, ValueError, ValidationError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, ValidationError) as error:
             raise UserError(f"{where}: its description is incomplete or wrong ({error!r}); get the file anew") from None
 
 
@@ -91,7 +91,7 @@ def load_model_file(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
         raise UserError(f"{path}: holds weights but no description of saccade's; it was written by another program")
     try:
         values = json.loads(metadata["saccade"])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: its description is not valid JSON; the file is damaged, get it anew") from None
     return tensors, ModelCard.from_dict(values, str(path))
 

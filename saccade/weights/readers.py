@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import re
 import warnings
@@ -22,6 +23,11 @@ from saccade.weights.model_file import read_safetensors
 Kind = Literal["safetensors", "zip pickle", "pickle", "npz"]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 LONGEST_RATIO = 100  # of what a compressed archive unpacks to; weights are noise and hardly shrink
+# What zipfile, its decompressors and NumPy raise of archives that are damaged, encrypted or made to confuse.
+DAMAGED = (
+    OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 LFS = b"version https://git-lfs"
 
 
@@ -159,7 +165,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             return {name: _to_tensor(path, name, arrays[name]) for name in arrays.files}
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+    except DAMAGED as e:
         raise UserError(f"{path}: truncated or damaged ({e}); get or copy it anew") from None
 
 

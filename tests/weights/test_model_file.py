@@ -220,6 +220,9 @@ def without(name: str) -> dict[str, Any]:
     [
         ("{", "not valid JSON"),
         ("[]", "not a table"),
+        ("[" * 100_000, "not valid JSON"),
+        ({**good(), "threshold": 10**400}, "incomplete or wrong"),
+        ({**good(), "metrics": {"top1": 10**400}}, "incomplete or wrong"),
         (without("class_names"), "class_names"),
         (without("model"), "model"),
         ({**good(), "class_names": 3}, "incomplete or wrong"),

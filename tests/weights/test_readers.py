@@ -259,6 +259,29 @@ def test_npz_bomb(tmp_path: Path) -> None:
     refused(tmp_path / "w.npz", "100 times its size")
 
 
+def test_npz_that_says_it_is_encrypted(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", a=np.zeros(3, np.float32))
+    data = bytearray((tmp_path / "w.npz").read_bytes())
+    data[data.index(b"PK\x03\x04") + 6] |= 1  # the flags, in the member's own header
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # and in the list of members
+    (tmp_path / "w.npz").write_bytes(data)
+    refused(tmp_path / "w.npz", "w.npz: truncated or damaged", "encrypted")
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_npz_with_a_damaged_stream(tmp_path: Path, how: int) -> None:
+    array = io.BytesIO()
+    np.save(array, np.random.default_rng(0).random(2000))
+    with zipfile.ZipFile(tmp_path / "w.npz", "w", how) as archive:
+        archive.writestr("a.npy", array.getvalue())
+    sound = (tmp_path / "w.npz").read_bytes()
+    assert open_weights(tmp_path / "w.npz").tensors["a"].shape == (2000,)
+    start = sound.index(b"a.npy") + 5 + 9  # behind the properties of LZMA, some of which nobody reads
+    for place in range(start, start + 20):
+        (tmp_path / "w.npz").write_bytes(sound[:place] + bytes([sound[place] ^ 0xFF]) + sound[place + 1 :])
+        refused(tmp_path / "w.npz", "w.npz: ")
+
+
 def test_safetensors_that_lies_about_its_shape(tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 16]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
