@@ -24,7 +24,14 @@ from saccade.weights.descriptions import bounds, write_preprocessor, write_pretr
 from saccade.weights.formats import FORMATS
 from saccade.weights.formats.table import Format, NoWords, write_state
 from saccade.weights.load import is_ours, load_weights
-from saccade.weights.model_file import ModelCard, check_weights, read_metadata, save_model, sync_folder
+from saccade.weights.model_file import (
+    ModelCard,
+    check_weights,
+    read_metadata,
+    refuse_existing,
+    save_model,
+    sync_folder,
+)
 from saccade.weights.source import open_weights
 
 DIALECTS = {"timm": "timm", "hf": "huggingface"}  # as the command calls them
@@ -103,7 +110,7 @@ def convert(
     except OSError as error:
         raise UserError(f"{out.parent}: cannot be made ({error.strerror or error})") from None
     if to == "saccade":
-        save_model(out, weights, card)
+        save_model(out, weights, card, new=True)
     else:
         files = export_weights(card, weights, DIALECTS[to], str(source))
         notes = [*notes, *_about_sizes(files, card)]
@@ -145,8 +152,7 @@ def _check_out(out: Path, to: str) -> None:
     """Before anything is read, which may take long."""
     if to not in ("saccade", *DIALECTS):
         raise UserError(f"--to {to}: not known; use saccade, timm or hf")
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out}: exists already, and nothing is written over; choose another name")
+    refuse_existing(out)
     if to == "saccade" and out.suffix != ".safetensors":
         raise UserError(f"{out}: a model file is named *.safetensors, such as {out.name or 'model'}.safetensors")
     if to != "saccade" and out.suffix in (".safetensors", ".bin", ".pth"):

@@ -6,8 +6,11 @@ ever read with `weights_only=True`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,10 +81,11 @@ def _pair(values: Any) -> tuple[str, str] | None:
     return str(of), str(into)
 
 
-def save_model(path: Path, weights: dict[str, Tensor], card: ModelCard) -> None:
-    """Write weights and card to one file: first under another name, synced, then renamed."""
+def save_model(path: Path, weights: dict[str, Tensor], card: ModelCard, *, new: bool = False) -> None:
+    """Write weights and card to one file: first under another name, synced, then renamed. See `write_atomically`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomically(path, serialise(tensors, {"saccade": json.dumps({"format": FORMAT, **card.to_dict()})}))
+    data = serialise(tensors, {"saccade": json.dumps({"format": FORMAT, **card.to_dict()})})
+    write_atomically(path, data, new=new)
 
 
 def load_model_file(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
@@ -158,20 +162,54 @@ def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], where
         raise UserError(f"{where}: the weights do not fit the model ({len(faults)} faults):{shown}{more}")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a kill or a full disk at any moment leaves the old one or the new one, whole."""
+def write_atomically(path: Path, data: bytes, *, new: bool = False) -> None:
+    """Write a file so that a kill or a full disk at any moment leaves the old one or the new one, whole.
+
+    With `new` there is no old one: a file that has appeared by the time that all is written stays as it is.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with alone(temporary):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                refuse_existing(path)
+            os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         what = error.strerror or error
         raise UserError(f"{path}: cannot be written ({what}); free space or choose another --out") from None
+
+
+@contextmanager
+def alone(temporary: Path) -> Iterator[None]:
+    """Hold this name while a file is made under it; where that fails, the file goes.
+
+    A second writer waits, and what a killed one left is taken over. Were the name each process's own, nobody would
+    remove what killed ones leave.
+    """
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # the one before has renamed it
+            if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def refuse_existing(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path}: exists already, and nothing is written over; choose another name")
 
 
 def sync_folder(folder: Path) -> None:

@@ -328,13 +328,13 @@ def test_full_disk_when_the_model_is_kept(config: Build, monkeypatch: pytest.Mon
     saved = []
     write = model_file.write_atomically
 
-    def fails_second_time(path: Path, data: bytes) -> None:
+    def fails_second_time(path: Path, data: bytes, **options: Any) -> None:
         if path.name == "model.safetensors":
             saved.append(path)
         with monkeypatch.context() as patch:
             if len(saved) == 2:
                 patch.setattr(os, "fsync", full)
-            write(path, data)
+            write(path, data, **options)
 
     monkeypatch.setattr(model_file, "write_atomically", fails_second_time)
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be written \(No space left on device\)"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +21,9 @@ from saccade import UserError
 from saccade.backbones import backbone_row
 from saccade.config import NetworkConfig, PreprocessingConfig, RunConfig, build_config
 from saccade.layers.positions import resize_positions
+from saccade.weights import model_file
 from saccade.weights.load import described_network, initial_network, load_network
-from saccade.weights.model_file import ModelCard, find_model, load_model_file, save_model
+from saccade.weights.model_file import ModelCard, find_model, load_model_file, save_model, write_atomically
 
 CARD = ModelCard(
     task="classify",
@@ -100,6 +102,45 @@ def test_saving_takes_tensors_as_they_are(tmp_path: Path, weights: dict[str, Ten
     save_model(tmp_path / "model.safetensors", strided, CARD)
     loaded = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_two_writers_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits until the first is done, and what is there is always whole."""
+    path, seen = tmp_path / "a.json", []
+    sync = os.fsync
+    second = threading.Thread(target=write_atomically, args=(path, b"second"))
+
+    def slow(descriptor: int) -> None:
+        if not seen:
+            seen.append("first")
+            second.start()
+            second.join(0.3)
+            assert second.is_alive() and not path.exists()
+        sync(descriptor)
+
+    monkeypatch.setattr(model_file.os, "fsync", slow)
+    (tmp_path / ".a.json.tmp").write_bytes(b"left by one that was killed, and longer than what comes")
+    write_atomically(path, b"first")
+    second.join()
+    assert path.read_bytes() == b"second" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_new_file_that_has_appeared_meanwhile(
+    tmp_path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sync = tmp_path / "model.safetensors", os.fsync
+
+    def slow(descriptor: int) -> None:
+        path.write_text("precious")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_file.os, "fsync", slow)
+        with pytest.raises(UserError, match=r"model\.safetensors: exists already, and nothing is written over"):
+            save_model(path, weights, CARD, new=True)
+    assert path.read_text() == "precious" and os.listdir(tmp_path) == ["model.safetensors"]
+    save_model(path, weights, CARD)
+    assert load_model_file(path)[1] == CARD, "a run replaces its own"
 
 
 def test_description_is_readable_by_others(path: Path) -> None:
