@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from saccade.errors import UserError
-from saccade.weights.model_file import sync_folder, write_atomically
+from saccade.weights.model_file import alone, sync_folder, write_atomically
 
 CHUNK = 4096  # rows that are held in memory at a time
 
@@ -50,6 +50,12 @@ def check_suffix(path: Path) -> None:
         )
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; give the name of a file")
+    other = beside(path)
+    if path.suffix in BESIDE and (other.exists() or other.is_symlink()) and not _is_description(_read_beside(path)):
+        raise UserError(
+            f"--out {path}: its description would be {other}, which exists and was not written by this command; "
+            "choose another --out, or move that file"
+        )
 
 
 def write_vectors(path: Path, rows: Rows, metadata: dict[str, Any]) -> None:
@@ -58,15 +64,16 @@ def write_vectors(path: Path, rows: Rows, metadata: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in BESIDE:
-            write_atomically(beside(path), json.dumps(metadata, indent=2).encode())
-        WRITERS[path.suffix](temporary, rows, json.dumps(metadata))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        check_suffix(path)  # again: it may have taken hours to come here
+        with alone(temporary):
+            if path.suffix in BESIDE:
+                write_atomically(beside(path), json.dumps(metadata, indent=2).encode())
+            WRITERS[path.suffix](temporary, rows, json.dumps(metadata))
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         what = error.strerror or error
         raise UserError(f"{path}: cannot be written ({what}); free space or choose another --out") from None
 
@@ -85,11 +92,23 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
             with np.load(path, allow_pickle=False) as values:
                 text = str(values["metadata"])
         else:
-            text = beside(path).read_text(encoding="utf-8")
+            return _read_beside(path)
         found = json.loads(text)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, KeyError, ValueError, EOFError, RecursionError, zipfile.BadZipFile):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _read_beside(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(beside(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_description(found: dict[str, Any] | None) -> bool:
+    return found is not None and {"weights_sha256", "rows", "channels"} <= found.keys()
 
 
 def _write_parquet(path: Path, rows: Rows, metadata: str) -> None:

@@ -285,6 +285,21 @@ def test_other_files_are_never_overwritten(model: Model, photos: Path, tmp_path:
         assert (tmp_path / name).read_text() == "my own"
 
 
+@pytest.mark.parametrize("text", ['{"my": "own"}', "no JSON", "[" * 100_000])
+def test_files_beside_are_never_overwritten(model: Model, photos: Path, tmp_path: Path, text: str) -> None:
+    """The description of `a.csv` is `a.csv.json`, which may be anybody's."""
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(UserError, match=rf"{name}\.json, which exists and was not written by this command"):
+            embed_to_file(model, [photos], tmp_path / name)
+        with pytest.raises(UserError, match="choose another --out"):
+            saccade.embed(model, photos / "1.png").save(tmp_path / name)
+        assert (tmp_path / f"{name}.json").read_text() == text and not (tmp_path / name).exists()
+    embed_to_file(model, [photos], tmp_path / "b.csv")
+    (tmp_path / "b.csv").unlink()
+    assert embed_to_file(model, [photos / "more"], tmp_path / "b.csv").count == 5, "its own is of no use alone"
+
+
 def test_a_damaged_part_is_named(model: Model, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "vectors.npz"
     with pytest.raises(Killed):
