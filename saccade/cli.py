@@ -458,8 +458,10 @@ def run_verify(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from saccade.verification import verify
+    from saccade.verification import refuse_other_file, verify
 
+    if options.out is not None:
+        refuse_other_file(options.out)  # before what takes long
     result = verify(
         options.source,
         data=options.data,

@@ -13,7 +13,7 @@ from torch import nn
 from saccade.errors import UserError
 from saccade.models.detector import Detector, DetectorRow
 from saccade.models.translator import Translator, TranslatorRow
-from saccade.verification.certificate import FORMAT, compare_recorded, read_certificate, record
+from saccade.verification.certificate import FORMAT, compare_recorded, read_certificate, record, refuse_other_file
 from saccade.verification.choices import Choices
 from saccade.verification.compare import (
     DTYPES,
@@ -35,7 +35,7 @@ from saccade.verification.texts import Texts, ask_ours, ask_theirs, choose_texts
 from saccade.weights.fingerprint import hash_tensors
 from saccade.weights.formats.table import DetectorPeer, Peer, TranslatorPeer
 
-__all__ = ["Subject", "Verification", "verify"]
+__all__ = ["Subject", "Verification", "refuse_other_file", "verify"]
 
 
 def verify(

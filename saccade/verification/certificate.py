@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from saccade.errors import UserError
@@ -27,6 +28,8 @@ from saccade.verification.compare import (
 
 FORMAT = 1
 STAGE_PARTS, GRADIENT_PARTS = 32, 4  # of a tensor, each with a projection: more parts show smaller changes
+LARGEST = 256 * 2**20  # bytes of a certificate; those of large models have a few MB
+SHOWN = 5  # faults of a damaged one
 WHOLE = 8192  # as many logits are recorded one by one; of more, a digest
 
 
@@ -122,22 +125,119 @@ def digest_gap(name: str, ours: Tensor | None, theirs: Digest | None, limit: flo
     if tuple(ours.shape) != theirs.shape:
         return Gap(name, math.nan, math.nan, False, f"shape {tuple(ours.shape)} against {theirs.shape}")
     found = Digest.of(ours, len(theirs.projections))
+    if len(found.figures) != len(theirs.figures):
+        return Gap(name, math.nan, math.nan, False, f"{len(theirs.projections)} projections are recorded of it")
     differences = [abs(a - b) for a, b in zip(found.figures, theirs.figures, strict=True)]
     worst = math.nan if any(math.isnan(each) for each in differences) else max(differences)
     return gap(name, worst, theirs.largest, limit, least)
 
 
-def read_certificate(path: str | Path) -> dict[str, Any]:
-    """A certificate that `saccade verify --out` wrote."""
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Digest(BaseModel):
+    shape: list[NonNegativeInt]
+    mean: FiniteFloat
+    std: FiniteFloat
+    largest: FiniteFloat
+    projections: list[FiniteFloat] = Field(min_length=1)
+
+
+def _numbers(values: Any) -> Any:
+    """Nested lists as a tensor has them, of finite numbers that a tensor can hold, or a digest of them."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(values, Mapping):
+            return _Digest.model_validate(values).model_dump()
+        sound = bool((torch.tensor(values, dtype=torch.float64).abs() < 2.0**63).all())
+    except (ValueError, TypeError, ArithmeticError, RuntimeError):
+        sound = False
+    if not sound:
+        raise ValueError("neither a table of numbers nor a digest of one")
+    return values
+
+
+_Numbers = Annotated[Any, AfterValidator(_numbers)]
+
+
+class _Answers(BaseModel):
+    """What `record` keeps."""
+
+    given: dict[str, _Numbers] = {}
+    stages: dict[str, _Digest]
+    logits: _Numbers
+    answers: dict[str, _Numbers] = {}
+    loss: FiniteFloat
+    gradients: dict[str, _Digest]
+
+
+class _Weights(BaseModel):
+    sha256: str
+
+
+class _Pictures(BaseModel):
+    sha256: str
+    count: int
+    origin: str
+    height: int
+    width: int
+
+
+class _Texts(BaseModel):
+    sha256: str
+    count: int
+    origin: str
+    tokens: int
+
+
+class _Certificate(BaseModel):
+    """What is read of one; it says more, for people."""
+
+    source: str
+    architecture: dict[str, Any]
+    versions: dict[str, str]
+    weights: _Weights
+    pictures: _Pictures = Field(default=None)  # or
+    texts: _Texts = Field(default=None)
+    recorded: dict[str, _Answers]
+
+
+def read_certificate(path: str | Path) -> dict[str, Any]:
+    """A certificate that `saccade verify --out` wrote, checked to the last figure: comparing takes long."""
+    try:
+        values = _read(Path(path))
     except OSError as error:
         raise UserError(f"--certificate {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--certificate {path}: not valid JSON ({error}); get it anew") from None
     needed = {"source", "architecture", "versions", "weights", "recorded"}
     if not isinstance(values, dict) or not needed <= values.keys() or not {"pictures", "texts"} & values.keys():
         raise UserError(f"--certificate {path}: not a certificate of saccade; `saccade verify SOURCE --out` writes one")
     if values.get("certificate") != FORMAT:
         raise UserError(f"--certificate {path}: written by a newer saccade; update the library")
-    return values
+    try:
+        return _Certificate.model_validate(values).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise UserError(
+            f"--certificate {path}: incomplete or damaged ({'; '.join(faults[:SHOWN])}{more}); get it anew"
+        ) from None
+
+
+def refuse_other_file(path: str | Path) -> None:
+    """Only a certificate makes way for another one."""
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        values = _read(path) if path.is_file() else None  # a terminal would have to be waited for
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not {"certificate", "verdict"} <= values.keys():
+        raise UserError(f"--out {path}: exists and is no certificate, so it is not written over; choose another --out")
+
+
+def _read(path: Path) -> Any:
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path.stat().st_size} bytes are too many")
+    return json.loads(path.read_text(encoding="utf-8"))

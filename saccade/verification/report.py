@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from saccade.verification.certificate import refuse_other_file
 from saccade.verification.compare import TOLERANCES, Comparison, Gap
 from saccade.weights.model_file import write_atomically
 
@@ -78,8 +79,12 @@ class Verification:
         }
 
     def save(self, path: str | Path) -> None:
-        """The certificate: everything that is said here, and the reference's recorded answers."""
+        """The certificate: everything that is said here, and the reference's recorded answers.
+
+        It replaces another certificate, and no other file.
+        """
         path = Path(path)
+        refuse_other_file(path)
         values = {**self.to_dict(), "recorded": dict(self.recorded)}
         write_atomically(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
