@@ -57,12 +57,13 @@ def evaluate(
     """Run a model over data with its truth. `progress(done, total)` is called after each batch.
 
     What is wrong with pictures that cannot be read is added to `unreadable`, or warned of; they do not count. What of
-    the truth is left out because it does not fit its picture is added to `notes`. Of a model of texts: `beams`,
+    the truth is left out because it does not fit its picture, and what was assumed of the weights of other libraries,
+    is added to `notes`. Of a model of texts: `beams`,
     `length_penalty`, and the `languages` from and into where they are not those that it learnt.
     """
     failed: list[str] = [] if unreadable is None else unreadable
-    loaded = open_model(model, device=device)
     told: list[str] = []
+    loaded = open_model(model, device=device, notes=told)
     held = _held_out(model, data, split, told)
     if notes is not None:
         notes += told

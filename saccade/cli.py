@@ -310,7 +310,10 @@ def run_predict(options: argparse.Namespace) -> int:
 
     if not options.inputs and options.input is None:
         raise UserError("nothing given: saccade predict MODEL PICTURE ..., or texts, or a file of them by --input")
-    model = open_model(options.model, device=options.device)
+    notes: list[str] = []
+    model = open_model(options.model, device=options.device, notes=notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if isinstance(model, TextModel):
         return predict_texts(model, options)
     for name in OF_TEXTS:

@@ -229,7 +229,10 @@ def embed_to_file(
     path = Path(out)
     check_suffix(path)
     source = open_pictures(pictures)
-    encoder = Encoder.build(_loaded(model, device, precision), what, image_size)
+    notes: list[str] = []
+    encoder = Encoder.build(_loaded(model, device, precision, notes), what, image_size)
+    for note in notes:
+        say(f"note: {note}")
     job = {**encoder.describe(), **describe_pictures(source.files)}
     parts = PartsFolder(path.with_name(f".{path.name}.parts"), job)
     finished = finished_already(path, job)
@@ -286,8 +289,8 @@ def _in_parts(
     return EmbeddedFile(path, len(source) - len(complaints), channels, tuple(complaints), False)
 
 
-def _loaded(model: str | Path | Model, device: str, precision: str) -> Model:
-    return model if isinstance(model, Model) else Model.load(model, device=device, precision=precision)
+def _loaded(model: str | Path | Model, device: str, precision: str, notes: list[str] | None = None) -> Model:
+    return model if isinstance(model, Model) else Model.load(model, device=device, precision=precision, notes=notes)
 
 
 def describe_pictures(files: Sequence[str]) -> dict[str, Any]:

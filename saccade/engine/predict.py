@@ -53,9 +53,14 @@ class Model:
     precision: torch.dtype
 
     @classmethod
-    def load(cls, source: str | Path, *, device: str = "auto", precision: str = "auto") -> Model:
-        """From a run folder, a model file, or weights of another library (a hub name, a folder, a file)."""
-        network, card = load_network(source)
+    def load(
+        cls, source: str | Path, *, device: str = "auto", precision: str = "auto", notes: list[str] | None = None
+    ) -> Model:
+        """From a run folder, a model file, or weights of another library (a hub name, a folder, a file).
+
+        What there is to know of such weights, such as what was assumed, is added to `notes`.
+        """
+        network, card = load_network(source, notes)
         if isinstance(network, Translator):
             raise UserError(f"{source}: a {card.model}, which translates texts; this is for models of pictures")
         return cls.of(network, card, device=device, precision=precision)

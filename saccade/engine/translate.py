@@ -285,9 +285,11 @@ def relevance(network: Translator, source: Tensor, inputs: Tensor, said: Sequenc
     return (table / table.sum(dim=1, keepdim=True).clamp_min(1e-30)).cpu().numpy()
 
 
-def open_model(source: str | Path, *, device: str = "auto", precision: str = "auto") -> Model | TextModel:
-    """A model of pictures or of texts, whichever it is."""
-    network, card = load_network(source)
+def open_model(
+    source: str | Path, *, device: str = "auto", precision: str = "auto", notes: list[str] | None = None
+) -> Model | TextModel:
+    """A model of pictures or of texts, whichever it is. `notes` as of `load_network`."""
+    network, card = load_network(source, notes)
     if not isinstance(network, Translator):
         return Model.of(network, card, device=device, precision=precision)
     if card.tokenizer is None:

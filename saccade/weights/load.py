@@ -60,9 +60,14 @@ def is_ours(path: Path) -> bool:
     return metadata is None or "saccade" in metadata
 
 
-def load_network(source: str | Path) -> tuple[Network, ModelCard]:
-    """The network of any source of weights, strictly loaded, ready to predict."""
+def load_network(source: str | Path, notes: list[str] | None = None) -> tuple[Network, ModelCard]:
+    """The network of any source of weights, strictly loaded, ready to predict.
+
+    What was guessed, changed and left aside on the way is added to `notes`.
+    """
     loaded = load_weights(source)
+    if notes is not None:
+        notes += loaded.notes
     return fill(loaded.weights, loaded.row, loaded.card, loaded.where).eval(), loaded.card
 
 

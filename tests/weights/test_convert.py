@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -367,6 +368,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network, _ = load_network(out)
     assert network(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 3)  # type: ignore[union-attr]
     assert [path.name for path in out.parent.iterdir()] == ["out.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["predict", "embed", "evaluate"])
+def test_what_is_assumed_of_such_weights_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    source = folder_of(tmp_path / "hub", raw(tensors={"mask": torch.zeros(1)}))
+    for name in "012":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "photos" / name / "a.png")
+    out = {"predict": "--json", "embed": f"--out={tmp_path / 'v.npz'}", "evaluate": "--json"}[command]
+    assert main([command, str(source), str(tmp_path / "photos"), "--device=cpu", out]) == 0
+    said = capsys.readouterr()
+    assert "note: left aside, being of no use here: mask" in said.err and "mask" not in said.out
+    assert "note: nothing beside the weights says how pictures are prepared; the usual way is assumed" in said.err
+    assert main(["convert", str(source), str(tmp_path / "ours.safetensors")]) == 0
+    capsys.readouterr()
+    out = out.replace("v.npz", "w.npz")
+    assert main([command, str(tmp_path / "ours.safetensors"), str(tmp_path / "photos"), "--device=cpu", out]) == 0
+    assert "note:" not in capsys.readouterr().err, "a model file says all of it itself"
 
 
 def test_command_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
