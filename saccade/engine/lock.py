@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,12 +45,14 @@ def _take(path: Path, refusal: str) -> int:
         except OSError as error:
             raise UserError(f"{path.parent}: cannot be made ({error.strerror}); choose another --out") from None
         try:
+            import fcntl
+
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BUSY:
             os.close(descriptor)
             raise UserError(refusal) from None
-        except OSError:
-            return descriptor  # a file system without locks
+        except (OSError, ImportError):
+            return descriptor  # a file system without locks, or Windows
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor

@@ -6,7 +6,6 @@ ever read with `weights_only=True`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -192,7 +191,9 @@ def alone(temporary: Path) -> Iterator[None]:
     """
     while True:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError, ImportError):  # a file system without locks, or Windows
+            import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):  # the one before has renamed it
             if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):

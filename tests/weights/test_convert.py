@@ -258,7 +258,7 @@ def prepared(config: Any = None, preprocessor: Any = None) -> tuple[Preprocessin
     ],
 )
 def test_sizes_of_hugging_face(given: dict[str, Any], size: int, crop: float) -> None:
-    found, notes = prepared(preprocessor={"image_mean": MEAN, **given})
+    found, notes = prepared(preprocessor={"image_mean": MEAN, "image_std": STD, **given})
     assert (found.image_size, found.crop) == (size, pytest.approx(crop)) and found.stride == 4
     assert bool(notes) == (size == 256 and crop == 1.0 and "crop_size" not in given)
 
@@ -269,7 +269,7 @@ def test_pixels_of_hugging_face() -> None:
     found, _ = prepared(preprocessor={"do_normalize": False, "image_mean": MEAN})
     assert found.mean == (0, 0, 0) and found.std == (1, 1, 1)
     found, notes = prepared(preprocessor={"resample": 0})
-    assert found.interpolation == "bicubic" and "'nearest' is not known" in notes[0]
+    assert found.interpolation == "bicubic" and any("'nearest' is not known" in note for note in notes)
     # pixels of 0 to 255 times 1 / 127.5, less 1: the same as 0 to 1, less 0.5, by 0.5
     found, _ = prepared(preprocessor={"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3})
     assert found.mean == pytest.approx((0.5,) * 3) and found.std == pytest.approx((0.5,) * 3)
