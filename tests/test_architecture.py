@@ -43,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "decoding",
     },  # fmt: skip
     "engine": {
-        "backbones", "models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain", "tokenizer",
-        "decoding",
+        "layers", "backbones", "models", "tasks", "data", "metrics", "weights", "predictions", "drawing", "explain",
+        "tokenizer", "decoding",
     },  # fmt: skip
     "verification": {"backbones", "models", "decoding", "tokenizer", "tasks", "data", "weights", "weights.formats"},
     "recipes": {"backbones", "models", "catalog", "data", "weights", "tasks", "engine"},

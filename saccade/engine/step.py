@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from saccade.engine import distributed
 from saccade.engine.device import autocast
 from saccade.engine.run_data import AnyBatch
 from saccade.errors import UserError
+from saccade.layers.convolution import normalised_as_known
 from saccade.models.translator import Translator
 from saccade.tasks.processes import mean_over_processes
 
@@ -38,7 +40,9 @@ def shares_of(session: Session, group: list[AnyBatch]) -> list[float]:
     if len(group) == 1:
         return [1.0]
     amounts = [mean_over_processes(session.data.amount(batch), session.device).item() for batch in group]
-    return [amount / sum(amounts) for amount in amounts]
+    total = sum(amounts)
+    # without any readable picture all count alike, as a single batch of that kind counts wholly
+    return [amount / total if total else 1 / len(group) for amount in amounts]
 
 
 def _forward(session: Session, batch: AnyBatch) -> Any:
@@ -49,6 +53,15 @@ def _forward(session: Session, batch: AnyBatch) -> Any:
             raise
         small = "normalises over a batch, and this one is a single value in a channel"
         raise UserError(f"--model {session.config.model}: {small}; use a larger --batch-size or --image-size") from None
+
+
+def _normalised(session: Session, batch: AnyBatch) -> AbstractContextManager[None]:
+    """Where of several pictures one at most can be read, there are no statistics of a batch: the running ones serve.
+
+    A batch that was meant to be of one picture is an error of the settings.
+    """
+    left = len(batch.indices)
+    return normalised_as_known(session.model) if left <= 1 < left + len(batch.unreadable) else nullcontext()
 
 
 def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> StepResult:
@@ -65,16 +78,17 @@ def train_step(session: Session, batches: Iterator[AnyBatch], step: int) -> Step
     loss_sum, fault, grad_norm = 0.0, "", math.nan
     for batch, share in zip(group, shares_of(session, group), strict=True):
         batch = batch.to(device)
-        with autocast(device, session.precision):
-            outputs = _forward(session, batch)
-        losses = session.task.losses(outputs, batch.targets)
-        loss = torch.stack(list(losses.values())).sum() * share
-        loss_sum += loss.item()
-        finite = not distributed.agree([not math.isfinite(loss_sum)], session.world)[0]
-        if not finite:
-            fault = "loss"
-            break
-        loss.backward()
+        with _normalised(session, batch):
+            with autocast(device, session.precision):
+                outputs = _forward(session, batch)
+            losses = session.task.losses(outputs, batch.targets)
+            loss = torch.stack(list(losses.values())).sum() * share
+            loss_sum += loss.item()
+            finite = not distributed.agree([not math.isfinite(loss_sum)], session.world)[0]
+            if not finite:
+                fault = "loss"
+                break
+            loss.backward()
     if not fault:
         parameters = [p for p in session.model.parameters() if p.grad is not None]
         limit = math.inf if config.optimizer.clip_norm is None else config.optimizer.clip_norm

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import saccade
 from saccade import UserError
+from saccade.backbones import BACKBONES
+from saccade.backbones.levit import LEVIT
 from saccade.config import RunConfig
 from saccade.data import measured
 from saccade.data.sources import open_splits
 from saccade.engine import train as engine
 from saccade.engine.checkpoint import list_checkpoints
+from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
 from saccade.engine.run_folder import resume_config
 from saccade.tasks.classification import ClassificationTask
@@ -232,6 +236,42 @@ def test_no_readable_picture_is_an_error(config: Build, fresh_pictures: Callable
         path.write_bytes(b"this is text")
     with pytest.raises(UserError, match="no training picture can be read"):
         engine.train(config(data=str(data)), show=False)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_without_any_readable_picture(
+    config: Build, fresh_pictures: Callable[..., Path], accumulate: int
+) -> None:
+    """It teaches nothing and is no fault, however many batches it has."""
+    data = fresh_pictures()
+    for path in sorted((data / "train").rglob("*.png"))[:22]:
+        path.write_bytes(b"this is text")
+    settings = config(data=str(data), batch_size=2, steps=12, optimizer={"accumulate": accumulate})
+    result = engine.train(settings, show=False)
+    assert result.finished and not (Path(settings.out) / "faults.jsonl").exists()
+
+
+@pytest.mark.parametrize("readable", [0, 1])
+def test_one_readable_picture_in_a_batch(config: Build, monkeypatch: pytest.MonkeyPatch, readable: int) -> None:
+    """It has no statistics of a batch: the running ones serve, and stay. A batch that was to have one is an error."""
+    row = replace(LEVIT["levit_128s"], dims=(16, 24, 32), heads=(2, 2, 2), key_dim=8, depths=(1, 1, 1))
+    monkeypatch.setitem(BACKBONES, "levit_micro", row)
+    settings = config(model="levit_micro", optimizer={"name": "adamw"}, preprocessing={"image_size": 32})
+    session = engine.open_session(settings, World())
+    batch = next(session.data.train_batches(0, 1))
+    lone = replace(
+        batch, images=batch.images[:1], targets=batch.targets[:1] * readable, indices=batch.indices[:readable]
+    )
+    with pytest.raises(UserError, match="larger --batch-size"):
+        engine.train_step(session, iter([replace(lone, indices=batch.indices[:1])]), 0)
+    before = {name: buffer.clone() for name, buffer in session.model.named_buffers()}
+    broken = replace(lone, unreadable=[(0, "broken"), (1, "broken")])
+    assert engine.train_step(session, iter([broken]), 0).fault == ""
+    for name, buffer in session.model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert all(module.training for module in session.model.modules())
+    engine.train_step(session, iter([batch]), 1)
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in session.model.named_buffers())
 
 
 @pytest.mark.parametrize("few", [True, False])
