@@ -14,9 +14,16 @@ from saccade.engine.distributed import World
 from saccade.errors import UserError
 from saccade.weights.model_file import write_atomically
 
+BEFORE_STEPS = ("plan.json", "tokenizer.json", "events/events.out.tfevents.*")  # written before the first step
+WITH_STEPS = ("model.safetensors", "metrics.csv", "curves.png", "faults.jsonl")
+
 
 def resume_config(folder: Path, changes: dict[str, Any]) -> RunConfig:
-    """The settings of a run that is to be continued. Only what changes no result may be changed."""
+    """The settings of a run that is to be continued.
+
+    Only what says how and where it is computed may be changed. Workers and saves change no result; another device
+    computes the same in other bits.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no such run (it holds no config.json); give the folder that `saccade train` named")
     config = load_config(folder / "config.json")
@@ -36,6 +43,9 @@ def make_run_folder(folder: Path, config: RunConfig, world: World) -> None:
         try:
             if (folder / "config.json").exists() or list_checkpoints(folder / "checkpoints"):
                 raise UserError(f"{folder}: holds a run; continue it with --resume {folder}, or choose another --out")
+            if found := _written(folder, *WITH_STEPS, *BEFORE_STEPS):
+                names = ", ".join(str(path.relative_to(folder)) for path in found)
+                raise UserError(f"{folder}: holds {names}, where a run would write its own; choose another --out")
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder}: is a file; choose another --out")
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -51,11 +61,16 @@ def make_run_folder(folder: Path, config: RunConfig, world: World) -> None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Take back what `make_run_folder` made, where a run is refused before it begins; what others put there stays."""
-    (folder / "config.json").unlink(missing_ok=True)
-    for each in (folder / "checkpoints", folder):
-        with suppress(OSError):  # not empty
+    """Take back what a run wrote that ended before its first step was done; what others put there stays."""
+    for path in (folder / "config.json", *_written(folder, *BEFORE_STEPS)):
+        path.unlink(missing_ok=True)
+    for each in (folder / "checkpoints", folder / "events", folder):
+        with suppress(OSError):  # not empty, or not there
             each.rmdir()
+
+
+def _written(folder: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:

@@ -96,6 +96,7 @@ class Session:
     model: Classifier | Detector | Translator  # holds the parameters
     network: nn.Module  # the model as it is called: wrapped, compiled
     optimizers: list[torch.optim.Optimizer]
+    begun: bool = False  # a step of the run was done; those that measure the machine do not count
 
     @property
     def sharded(self) -> bool:
@@ -120,20 +121,21 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
     folder = Path(config.out)
     if not resume:
         make_run_folder(folder, config, world)
+    session = None
     try:
         session = open_session(config, world, folder if resume else None)
+        if resume and (folder / "plan.json").exists():
+            plan = load_plan(folder, session.data.path, session.data.hash(), world, config.evaluations or EVALUATIONS)
+        else:
+            plan = make_plan(session, began, show)
+            if world.is_main:
+                session.data.keep(folder)
+                write_atomically(folder / "plan.json", (json.dumps(plan.__dict__, indent=2) + "\n").encode())
+        return run(session, plan, folder, show)
     except UserError:
-        if not resume and world.is_main:
+        if not resume and world.is_main and (session is None or not session.begun):
             remove_unused(folder)
         raise
-    if resume and (folder / "plan.json").exists():
-        plan = load_plan(folder, session.data.path, session.data.hash(), world, config.evaluations or EVALUATIONS)
-    else:
-        plan = make_plan(session, began, show)
-        if world.is_main:
-            session.data.keep(folder)
-            write_atomically(folder / "plan.json", (json.dumps(plan.__dict__, indent=2) + "\n").encode())
-    return run(session, plan, folder, show)
 
 
 def open_session(config: RunConfig, world: World, folder: Path | None = None) -> Session:
@@ -263,7 +265,7 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
             learning += time.monotonic() - step_start
             amount += result.amount * world.size
             note_unreadable(progress, session, result.unreadable, table)
-            progress.step = step + 1
+            progress.step, session.begun = step + 1, True
             if result.fault:
                 progress.faults_in_row += 1
                 note_fault(progress, session, folder, step, result, config.max_faults, table)

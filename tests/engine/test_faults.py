@@ -443,3 +443,33 @@ def test_no_checkpoints_folder(config: Build) -> None:
     shutil.rmtree(Path(settings.out) / "checkpoints")
     assert engine.train(resume_config(Path(settings.out), {}), resume=True, show=False).finished
     assert (Path(settings.out) / "model.safetensors").read_bytes() == model
+
+
+def test_a_run_without_a_step_leaves_nothing(config: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused in its first step, after all that comes before was written: the corrected command is not refused."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+
+    def refused(*_: Any) -> engine.StepResult:
+        assert {path.name for path in folder.iterdir()} >= {"config.json", "plan.json", "events"}
+        raise UserError("a larger --batch-size")
+
+    settings = config(steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", refused)
+        with pytest.raises(UserError, match="larger"):
+            engine.train(settings, show=False)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert engine.train(settings, show=False).finished
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.csv", "tokenizer.json", "plan.json", "faults.jsonl"])
+def test_files_of_others_are_not_overwritten(config: Build, tmp_path: Path, name: str) -> None:
+    """Such as a lone model file, which the run perhaps begins from."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    with pytest.raises(UserError, match=f"run: holds {name}, where a run would write its own; choose another --out"):
+        engine.train(config(), show=False)
+    assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == "mine"
