@@ -20,6 +20,7 @@ from saccade.metrics.classification import ClassificationMetric, ClassificationR
 from saccade.models.classifier import Classifier, ClassifierOutputs
 from saccade.models.embedder import Embedder
 from saccade.predictions import Classification
+from saccade.tasks.processes import mean_over_processes
 
 
 class ClassificationTask:
@@ -49,11 +50,16 @@ class ClassificationTask:
         return network(images)
 
     def losses(self, outputs: ClassifierOutputs, targets: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy against soft targets (B, K); a target of zeros counts for nothing."""
+        """Cross-entropy against soft targets (B, K); a target of zeros counts for nothing.
+
+        Each picture counts alike, whichever process has it.
+        """
         K = targets.shape[1]
         smooth = targets * (1 - self.label_smoothing) + targets.sum(1, keepdim=True) * (self.label_smoothing / K)
         log_probabilities = F.log_softmax(outputs.logits.float(), dim=1)
-        return {"cross_entropy": -(smooth * log_probabilities).sum(1).mean()}
+        count = mean_over_processes((targets != 0).any(dim=1).sum(), targets.device)
+        # there may be fewer pictures than processes, or none, whose sum is zero
+        return {"cross_entropy": -(smooth * log_probabilities).sum() / count.clamp(min=1e-6)}
 
     def metric(self) -> ClassificationMetric:
         return ClassificationMetric(self.class_names)
