@@ -121,7 +121,7 @@ class TranslationTask:
         ]
         written = sum(len(found.tokens) + 1 for found in answer.translations)
         cut = sum(found.cut for found in answer.translations)
-        metric.update(examples, answer.losses.double().tolist(), targets.count, written, answer.seconds, cut)
+        metric.update(examples, answer.losses.cpu().double().tolist(), targets.count, written, answer.seconds, cut)
 
     @staticmethod
     def scalars(report: TranslationReport) -> dict[str, float]:

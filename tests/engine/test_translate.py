@@ -17,6 +17,7 @@ import torch
 import saccade
 from saccade.config import RunConfig, ScheduleConfig, merge
 from saccade.data.text.batches import TextTargets
+from saccade.decoding import Hypothesis
 from saccade.engine import step
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
@@ -25,7 +26,7 @@ from saccade.errors import UserError
 from saccade.models import model_row
 from saccade.models.translator import TranslationOutputs, Translator
 from saccade.recipes import resolve
-from saccade.tasks.translation import TranslationTask
+from saccade.tasks.translation import Answer, TranslationTask
 from saccade.tokenizer import learn_tokenizer
 from saccade.weights.load import load_network
 from saccade.weights.model_file import save_model
@@ -232,6 +233,26 @@ def test_each_token_counts_alike_in_all_processes(texts: Path, tmp_path: Path, m
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(6))
     assert task.losses(outputs, targets)["cross_entropy"].item() == pytest.approx(alone * 2 / 4)
+
+
+def test_losses_of_an_evaluation_are_summed_where_float64_exists(texts: Path, tmp_path: Path) -> None:
+    task = TranslationTask(learn_tokenizer(["a b c"], 64), config(texts, tmp_path), model_row("transformer_tiny"))
+
+    class OnAppleSilicon(torch.Tensor):
+        """No float64 there."""
+
+        def double(self, *_: Any, **__: Any) -> Any:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self, *_: Any, **__: Any) -> Any:
+            return self.as_subclass(torch.Tensor)
+
+    losses = torch.tensor([1.5]).as_subclass(OnAppleSilicon)
+    metric = task.metric()
+    answer = Answer(losses, [Hypothesis((), 0.0, False)], 0.0)
+    targets = TextTargets(torch.tensor([[2]]), 1, indices=(0,), sources=("a",), references=("b",))
+    task.update(metric, answer, targets)
+    assert metric.compute().loss == pytest.approx(1.5)
 
 
 def test_inverse_root_schedule() -> None:
