@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from saccade.engine.distributed import World
 from saccade.errors import UserError
+from saccade.words import counted
+
+ALONE = World()
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`: a CUDA device, else Apple's, else the CPU. A device that is not there is a UserError."""
+def choose_device(name: str, world: World = ALONE) -> torch.device:
+    """`auto`: a CUDA device, else Apple's, else the CPU. A device that is not there is a UserError.
+
+    Of several processes each has the CUDA device of its own number.
+    """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
+            return _own_device(name, world)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -23,7 +30,26 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name}: not available on this machine; use --device cpu or auto")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and world.size > 1:
+        if device.index is not None and world.local_size > 1:
+            shared = f"one device for {world.local_size} processes"
+            raise UserError(f"--device {name}: {shared}; use --device cuda, so that each has its own")
+        return device if device.index is not None else _own_device(name, world)
     return device
+
+
+def _own_device(name: str, world: World) -> torch.device:
+    count = torch.cuda.device_count()
+    if world.local_size > count:
+        here = f"{world.local_size} processes are on this machine, and {counted(count, 'CUDA device')}"
+        raise UserError(f"--device {name}: {here}; start as many with --nproc-per-node {count}, or use --device cpu")
+    return torch.device("cuda", world.local_rank)
+
+
+def make_current(device: torch.device) -> None:
+    """FSDP, NCCL and pinned memory go by the current CUDA device, which is the first one unless somebody says so."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -20,6 +20,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -30,7 +31,9 @@ def start() -> World:
     """Join the process group that torchrun describes, or stand alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, local_size)
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return world

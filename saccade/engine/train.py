@@ -23,7 +23,7 @@ from saccade.config import RunConfig
 from saccade.drawing import training_curves
 from saccade.engine import distributed
 from saccade.engine.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from saccade.engine.device import choose_device, choose_precision
+from saccade.engine.device import choose_device, choose_precision, make_current
 from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
 from saccade.engine.evaluate import evaluate_batches
@@ -140,7 +140,8 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
 
 def open_session(config: RunConfig, world: World, folder: Path | None = None) -> Session:
     """All that a run works with. With the `folder` of one that is continued, the weights may be yet to be restored."""
-    device = choose_device(config.device, world.local_rank)
+    device = choose_device(config.device, world)
+    make_current(device)
     precision = choose_precision(config.precision, device)
     row = None if folder is None else planned_row(folder)
     data = open_data(config, world, device, folder)
