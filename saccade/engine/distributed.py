@@ -60,11 +60,13 @@ def wrap(model: nn.Module, blocks: Iterable[nn.Module], strategy: str, device: t
         return model
     if strategy == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(device.type, (world.size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
+            if hasattr(block, "merging"):  # called in the place of `forward` where tokens are merged
+                register_fsdp_forward_method(block, "merging")
         # by default the outermost part keeps its whole weights after a forward without a backward, such as an
         # evaluation, and the next step would compute with them whatever has been put in their place
         fully_shard(model, mesh=mesh, reshard_after_forward=True)

@@ -434,6 +434,21 @@ def test_parts_of_a_sharded_state_with_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_merged_tokens_in_shards(runner: Any, killing: Any, pictures: Path, tmp_path: Path) -> None:
+    """Blocks that merge are not called by their `forward`, and gather their shards all the same."""
+    flags = [*COMMON, "--model=vit_micro", "--network.merge-tokens=2", "--network.drop-path=0"]
+    for strategy in STRATEGIES:
+        arguments = ["train", pictures, *flags, f"--distributed.strategy={strategy}", "--out", tmp_path / strategy]
+        ended = runner.run(arguments, scratch=tmp_path / "scratch", world=2)
+        assert ended.code == 0, ended.output
+    losses = [
+        [line.split(",")[3] for line in (tmp_path / strategy / "metrics.csv").read_text().splitlines()[1:]]
+        for strategy in STRATEGIES
+    ]
+    assert [float(loss) for loss in losses[0]] == pytest.approx([float(loss) for loss in losses[1]], abs=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_torchrun(strategy: str, pictures: Path, killing: Any, tmp_path: Path) -> None:
     """Once as users do it: the real torchrun, SIGKILL for one of its processes, and the same command with --resume."""
