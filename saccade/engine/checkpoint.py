@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,13 @@ def _save_file(path: Path, state: dict[str, Any]) -> None:
     sync_folder(path.parent)
 
 
-def _sharded_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: Ema | None) -> dict[str, Any]:
+def _sharded_state(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: Ema | None, *, moved: bool
+) -> dict[str, Any]:
+    """`moved`: also the optimizers' state. Where there is none, torch takes a step to make one, which then counts."""
     return {
         "model": get_model_state_dict(model),
-        "optimizers": get_optimizer_state_dict(model, optimizers),
+        **({"optimizers": get_optimizer_state_dict(model, optimizers)} if moved else {}),
         **({} if ema is None else {"ema": ema.average}),
     }
 
@@ -133,7 +137,8 @@ def _save_sharded(
     # a process that left alone would leave the others waiting in the save for ever
     if agree([bool(failure)], world)[0]:
         raise OSError(failure or "another process failed")
-    dcp.save(_sharded_state(model, optimizers, ema), checkpoint_id=temporary)
+    moved = any(optimizer.state for optimizer in optimizers)
+    dcp.save(_sharded_state(model, optimizers, ema, moved=moved), checkpoint_id=temporary)
     if world.is_main:
         _save_file(temporary / "progress.pt", progress)
         for file in temporary.iterdir():
@@ -153,16 +158,21 @@ def load_checkpoint(
         progress = _read(path / "progress.pt")
         try:
             # alone first: torch logs the stack of what goes wrong here, and tries the next best file
-            _SafeReader(path).read_metadata()
+            names = _SafeReader(path).read_metadata().state_dict_metadata
         except (OSError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path / '.metadata'}: damaged ({error}); delete {path}") from None
-        state = _sharded_state(model, optimizers, ema)
+        moved = any(name.startswith("optimizers.") for name in names)
+        state = _sharded_state(model, optimizers, ema, moved=moved)
         try:
             dcp.load(state, storage_reader=_SafeReader(path), planner=_SafePlanner())
         except (dcp.CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: cannot be read or does not fit this run ({_reason(error)})") from None
         set_model_state_dict(model, state["model"])
-        set_optimizer_state_dict(model, optimizers, optim_state_dict=state["optimizers"])
+        if moved:
+            set_optimizer_state_dict(model, optimizers, optim_state_dict=state["optimizers"])
+        else:
+            for optimizer in optimizers:
+                optimizer.state = defaultdict(dict)  # also where a damaged state was tried before this one
         if ema is not None:
             ema.load(state["ema"])
         return progress

@@ -24,6 +24,7 @@ from saccade import UserError
 from saccade.cli import main
 from saccade.engine import checkpoint
 from saccade.engine.checkpoint import list_checkpoints
+from saccade.engine.distributed import World
 from saccade.engine.run_folder import resume_config
 from saccade.engine.train import train
 
@@ -431,6 +432,29 @@ def test_parts_of_a_sharded_state_with_code(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError):
         checkpoint._SafePlanner().load_bytes(None, number)  # pyright: ignore[reportArgumentType]
     assert not created.exists()
+
+
+def test_sharded_state_before_the_first_sound_step(tmp_path: Path) -> None:
+    """torch makes up the state of an optimizer that has none by a step, which would count as the run's first."""
+    model = torch.nn.Linear(3, 2)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameters(), lr=0.1)]
+
+    def save(step: int) -> None:
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step}, model, optimizers, None, World(), sharded=True)
+
+    def load(step: int) -> dict[str, Any]:
+        return checkpoint.load_checkpoint(tmp_path / f"step-{step:09d}", model, optimizers, None)
+
+    save(1)
+    assert not optimizers[0].state
+    model(torch.ones(1, 3)).sum().backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+    save(2)
+    assert load(1) == {"step": 1} and not optimizers[0].state
+    assert load(2) == {"step": 2}
+    assert [int(state["step"]) for state in optimizers[0].state.values()] == [1, 1]
+    assert all(state["exp_avg"].any() for state in optimizers[0].state.values())
 
 
 @pytest.mark.slow
