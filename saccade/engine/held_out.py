@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from saccade.data.source import Source
 from saccade.data.sources import find
 from saccade.data.text.parallel import Pairs, find_pairs
 from saccade.engine.distributed import World
+from saccade.engine.plan import hash_in_plan
 from saccade.engine.run_data import open_data
 from saccade.errors import UserError
 
@@ -27,7 +27,7 @@ def held_out(run: Path, data: Path, notes: list[str]) -> Source | Pairs | None:
     config = _config(run)
     if config is None or config.val is not None or not _same(Path(config.data), data) or _has_splits(config, data):
         return None
-    began_with = json.loads((run / "plan.json").read_text()).get("data_hash")
+    began_with = hash_in_plan(run, data)
     try:
         now = open_data(config, World(), torch.device("cpu"), run)
     except UserError:

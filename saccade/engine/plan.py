@@ -74,10 +74,23 @@ def planned_row(folder: Path) -> Row | None:
     if not list_checkpoints(folder / "checkpoints"):
         return None
     path = folder / "plan.json"
+    return read_row(_values(path, "the run cannot be continued exactly").get("architecture"), str(path))
+
+
+def hash_in_plan(folder: Path, data: Path) -> str | None:
+    """Of the data that the run in `folder` began with."""
+    remedy = f"what of {data} the run held out is not known; use --split all, to measure on all of it"
+    return _values(folder / "plan.json", remedy).get("data_hash")
+
+
+def _values(path: Path, otherwise: str) -> dict[str, Any]:
     try:
-        return read_row(json.loads(path.read_text()).get("architecture"), str(path))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); the run cannot be continued exactly") from None
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("holds no settings")
+        return values
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); {otherwise}") from None
 
 
 def data_hash(splits: Splits) -> str:

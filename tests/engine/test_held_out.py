@@ -68,3 +68,13 @@ def test_texts(tmp_path: Path) -> None:
     report = evaluate(str(folder), str(data), device="cpu", beams=1, notes=notes)
     assert report.texts == 8 and f"measured on the 8 pairs that {folder} held out" in "".join(notes)
     assert saccade.evaluate(str(folder), str(data), device="cpu", beams=1, split="train").texts == 38
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_plan(run: tuple[Path, Path], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, data = run
+    (folder / "plan.json").write_text(text)
+    assert main(["evaluate", str(folder), str(data), "--device=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "plan.json: damaged" in error and "--split all" in error and "Traceback" not in error
+    assert saccade.evaluate(str(folder), str(data), split="all", device="cpu").count == 24
