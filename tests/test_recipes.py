@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from saccade.backbones import BACKBONES
 from saccade.backbones.resnet import RESNET
 from saccade.engine.optimizers import build_optimizers, set_lr
+from saccade.errors import UserError
 from saccade.models import DETECTORS, build_network
 from saccade.models.detector import Detector
 from saccade.models.detr import DETRConfig
-from saccade.recipes import resolve
+from saccade.recipes import has_part_for_muon, resolve
 from saccade.recipes.detect import of_family
 from saccade.weights.load import initial_network
 from saccade.weights.model_file import ModelCard, save_model
@@ -110,3 +112,33 @@ def test_what_a_family_needs_of_a_trained_backbone(family: str, gentle: dict[str
     values = of_family(family, True)
     assert {k: v for k, v in values.get("optimizer", {}).items() if k in ("backbone_lr", "layer_decay")} == gentle
     assert "network" not in values, "its statistics are kept as the row says"
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("labelled")
+    for split in ("train", "val"):
+        for name in ("one", "two"):
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (80, 60), (30, 60, 90)).save(root / split / name / "0.png")
+    return root
+
+
+@pytest.mark.parametrize("model", ["resnet18", "efficientvit_b0"])
+def test_muon_is_refused_where_it_moves_nothing(model: str, labelled: Path, boxes: Path) -> None:
+    """The recipe's Muon is AdamW there, as it has always been; the user's is an error."""
+    wishes = {"data": str(labelled), "model": model, "out": "x", "device": "cpu"}
+    assert resolve(wishes).optimizer.name == "adamw" and resolve(wishes).optimizer.weight_decay == 0.05
+    muon = {"optimizer": {"name": "muon"}}
+    with pytest.raises(UserError, match=f"optimizer.name muon: {model} has no matrices"):
+        resolve({**wishes, **muon})
+    with pytest.raises(UserError, match="optimizer.name muon: glance_nano has no matrices"):
+        resolve({"data": str(boxes), "model": "glance_nano", "out": "x", "device": "cpu", **muon})
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_muon_is_for_what_has_blocks_of_matrices(name: str, labelled: Path) -> None:
+    row = BACKBONES[name]
+    convolutional = row.family in ("resnet", "efficientvit", "efficientformer", "levit")
+    assert has_part_for_muon(row, {}) is not convolutional
+    assert not has_part_for_muon(row, {"train_part": "head"})

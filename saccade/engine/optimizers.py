@@ -32,8 +32,7 @@ def build_optimizers(model: Classifier | Detector | Translator, config: Optimize
         if isinstance(model, Detector) and model.in_backbone(name):
             lr_scale *= config.backbone_lr
         decay = config.weight_decay if decays(name, parameter) else 0.0
-        hidden = parameter.ndim == 2 and 0 < depth < model.depth and decays(name, parameter)
-        groups = muon if config.name == "muon" and hidden else adam
+        groups = muon if config.name == "muon" and is_for_muon(model, name, parameter) else adam
         groups.setdefault((lr_scale, decay), []).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if adam:
@@ -42,6 +41,11 @@ def build_optimizers(model: Classifier | Detector | Translator, config: Optimize
     if muon:
         optimizers.append(Muon(_groups(muon), lr=0.0, momentum=config.momentum))
     return optimizers
+
+
+def is_for_muon(model: Classifier | Detector | Translator, name: str, parameter: Tensor) -> bool:
+    """Matrices inside the blocks: not kernels of convolutions, nor what comes before or after the blocks."""
+    return parameter.ndim == 2 and 0 < model.depth_of(name) < model.depth and decays(name, parameter)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

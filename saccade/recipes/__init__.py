@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from saccade.backbones.base import Row
 from saccade.config import RunConfig, build_config, closest, merge
@@ -16,9 +17,12 @@ from saccade.data.loader import measure_sizes
 from saccade.data.sources import open_splits
 from saccade.data.text.parallel import holds_text
 from saccade.engine.device import choose_device
+from saccade.engine.optimizers import is_for_muon
 from saccade.errors import UserError
-from saccade.models import model_row, task_of
-from saccade.models.detector import DetectorRow
+from saccade.models import build_network, model_row, task_of
+from saccade.models.classifier import Classifier
+from saccade.models.detector import Detector, DetectorRow
+from saccade.models.recurrent import RecurrentRow
 from saccade.recipes.classify import fine_tune, large, linear_probe, small_from_scratch
 from saccade.recipes.detect import detect, detect_fine_tune, of_family
 from saccade.recipes.summary import DataSummary
@@ -54,6 +58,8 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         raise UserError("no data: give a folder, a table, tar shards or a dataset, as in `saccade train photos/`")
     if asked.task == "translate" or (asked.task is None and holds_text(Path(asked.data))):
         config = resolve_text(changes, asked)
+        if config.activation_checkpointing and isinstance(model_row(config.model), RecurrentRow):
+            raise UserError(f"--activation-checkpointing: {config.model} has no blocks to compute twice; leave it out")
         return config if config.out else config.model_copy(update={"out": str(free_run_folder(asked.data))})
     named = model_row(asked.model) if "model" in changes else None
     start: dict[str, Any] = {}
@@ -89,6 +95,12 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         settings["epochs"] = changes.get("epochs")  # the recipe's own length is only for those who name none
     settings["recipe"], settings["task"] = name, summary.task
     network = build_config({"data": asked.data, "network": settings.get("network", {})}).network
+    if settings.get("optimizer", {}).get("name") == "muon" and not has_part_for_muon(row.changed(network), settings):
+        if "name" in changes.get("optimizer", {}):
+            head = settings.get("train_part") == "head"
+            what = "the head alone learns" if head else f"{settings.get('model')} has no matrices inside its blocks"
+            raise UserError(f"--optimizer.name muon: {what}, so that all would move by AdamW; leave it out")
+        settings = merge(settings, {"optimizer": {"name": "adamw"}})
     preprocessing = dict(settings.get("preprocessing", {}))
     stride = preprocessing["stride"] = row.changed(network).stride
     wanted = int(preprocessing.get("image_size", row.image_size))
@@ -98,6 +110,15 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
     if "out" not in settings:
         settings["out"] = str(free_run_folder(asked.data))
     return build_config(settings)
+
+
+def has_part_for_muon(row: Row, settings: Mapping[str, Any]) -> bool:
+    if settings.get("train_part") == "head":
+        return False
+    with torch.device("meta"):
+        model = build_network(row, 2)
+    assert isinstance(model, Classifier | Detector)
+    return any(is_for_muon(model, name, parameter) for name, parameter in model.named_parameters())
 
 
 def smallest_size(stride: int) -> int:

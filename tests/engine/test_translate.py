@@ -235,6 +235,12 @@ def test_each_token_counts_alike_in_all_processes(texts: Path, tmp_path: Path, m
     assert task.losses(outputs, targets)["cross_entropy"].item() == pytest.approx(alone * 2 / 4)
 
 
+def test_activation_checkpointing_is_refused_where_it_does_nothing(texts: Path, tmp_path: Path) -> None:
+    assert config(texts, tmp_path, model="transformer_tiny", activation_checkpointing=True).activation_checkpointing
+    with pytest.raises(UserError, match="--activation-checkpointing: gru_attention has no blocks"):
+        config(texts, tmp_path, model="gru_attention", activation_checkpointing=True)
+
+
 def test_losses_of_an_evaluation_are_summed_where_float64_exists(texts: Path, tmp_path: Path) -> None:
     task = TranslationTask(learn_tokenizer(["a b c"], 64), config(texts, tmp_path), model_row("transformer_tiny"))
 
