@@ -45,7 +45,8 @@ def train(data: str | None = None, *, resume: str | None = None, show: bool = Tr
     """Train on `data`, pictures with labels or with boxes, or texts with their translations, or continue the run in
     the folder `resume`.
 
-    Settings are those of the command, nested ones as dicts:
+    Continued, it ends in the same bits as if it had never stopped; on a GPU the state is restored exactly, but some
+    kernels add in no fixed order. Settings are those of the command, nested ones as dicts:
     `train("photos", minutes=5, image_size=128, optimizer={"name": "muon"})`.
     """
     from saccade.api import train as run

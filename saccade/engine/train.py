@@ -1,7 +1,8 @@
 """The training loop, whole and in one place.
 
 Exactness: every random number comes from (seed, step) or (seed, epoch, sample), so the state of a run is its weights,
-average, optimizer state and step number; a run continued from them takes the same path, bit for bit.
+average, optimizer state and step number; a run continued from them takes the same path, on a processor bit for bit.
+Some of CUDA's kernels (backward passes of interpolation, sampling and attention, `index_add`) add in no fixed order.
 """
 
 from __future__ import annotations
