@@ -139,6 +139,6 @@ def test_muon_is_refused_where_it_moves_nothing(model: str, labelled: Path, boxe
 @pytest.mark.parametrize("name", BACKBONES)
 def test_muon_is_for_what_has_blocks_of_matrices(name: str, labelled: Path) -> None:
     row = BACKBONES[name]
-    convolutional = row.family in ("resnet", "efficientvit", "efficientformer", "levit")
+    convolutional = row.family in ("resnet", "efficientvit", "levit")
     assert has_part_for_muon(row, {}) is not convolutional
     assert not has_part_for_muon(row, {"train_part": "head"})
