@@ -18,7 +18,7 @@ from saccade.verification.compare import Outcome
 
 
 def values(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def sound() -> dict[str, Any]:
