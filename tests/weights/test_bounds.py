@@ -22,6 +22,10 @@ def test_bounds_of_sides_there_and_back(stride: int) -> None:
         size = edges("any", PreprocessingConfig(image_size=image_size, stride=stride))["size"]
         assert side_by_edges(size["shortest_edge"], size["longest_edge"], stride) == image_size
         row = replace(DETECTORS["detr_resnet50"], image_size=image_size)
-        given = {"size": {"shortest_edge": size["shortest_edge"], "longest_edge": size["longest_edge"]}}
+        given = {
+            "size": {"shortest_edge": size["shortest_edge"], "longest_edge": size["longest_edge"]},
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
         found, notes = read_preprocessing("it", {}, given, row, None)
         assert f"shorter side has {size['shortest_edge']} pixels" in notes[0] and str(found.image_size) in notes[0]
