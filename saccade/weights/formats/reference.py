@@ -31,7 +31,7 @@ def exact(images: Tensor) -> AbstractContextManager[Any]:
     return InDouble() if images.dtype == torch.float64 else nullcontext()
 
 
-def as_described(config: Mapping[str, Any], classes: int, **more: Any) -> nn.Module | None:
+def as_described(config: Mapping[str, Any], classes: int, more: Mapping[str, Any]) -> nn.Module | None:
     """timm's own model as the source's config.json describes it; None where that names none of timm's.
 
     So a form that was misread departs, instead of being built twice.

@@ -179,7 +179,7 @@ def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
     assert isinstance(row, ResNetConfig) and row.stem == 64
-    if (described := as_described(config, classes)) is not None:
+    if (described := as_described(config, classes, {})) is not None:
         return described
     return ResNet(
         Bottleneck if row.bottleneck else BasicBlock,  # pyright: ignore[reportArgumentType]

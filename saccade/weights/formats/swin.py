@@ -1,8 +1,6 @@
 """Swin of both versions as timm, Hugging Face, torchvision and the authors' repository name it.
 
-All merge 2x2 neighbours in the same order, down the columns first. The merging between two stages belongs to the later
-one in timm, and to the earlier one elsewhere. All agree on sizes that windows divide; beyond, a row says whose way
-it is (`SwinConfig.pad_first`, `unshifted`).
+All agree on sizes that windows divide; beyond, a row says whose way it is (`SwinConfig.pad_first`, `unshifted`).
 """
 
 from __future__ import annotations
@@ -10,10 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from saccade.backbones.base import Row
@@ -21,164 +18,25 @@ from saccade.backbones.swin import SWIN, SwinConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.weights.formats.reference import as_described, stated
-from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, State, module, packed, same
-
-
-@dataclass(frozen=True)
-class Names:
-    """Patterns of a dialect: s counts stages and b blocks from 0, t is s + 1, o is 2 s + 1, e is 2 s + 2."""
-
-    patches: str
-    patch_norm: str
-    block: str
-    merge: str  # by the stage before it
-    norms: tuple[str, str]
-    qkv: tuple[str, ...]  # one matrix, or three
-    biases: tuple[str, ...]  # in version 2: of queries and values, or of all three in one
-    out: str
-    table: str
-    logit_scale: str
-    mlp_of_bias: str
-    mlp: tuple[str, str]
-    norm: str
-    head: str
-    prefix: tuple[str, str] = ("", "")  # of all but the head where there is one; per version
-
-
-TIMM = Names(
-    patches="patch_embed.proj",
-    patch_norm="patch_embed.norm",
-    block="layers.{s}.blocks.{b}",
-    merge="layers.{t}.downsample",
-    norms=("norm1", "norm2"),
-    qkv=("attn.qkv",),
-    biases=("attn.q_bias", "attn.v_bias"),
-    out="attn.proj",
-    table="attn.relative_position_bias_table",
-    logit_scale="attn.logit_scale",
-    mlp_of_bias="attn.cpb_mlp",
-    mlp=("mlp.fc1", "mlp.fc2"),
-    norm="norm",
-    head="head.fc",
-)
-ORIGINAL = replace(TIMM, merge="layers.{s}.downsample", head="head")
-TORCHVISION = replace(
+from saccade.weights.formats.swin_names import (
+    HUGGINGFACE,
+    IGNORED,
+    ORIGINAL,
     TIMM,
-    patches="features.0.0",
-    patch_norm="features.0.2",
-    block="features.{o}.{b}",
-    merge="features.{e}",
-    biases=("attn.qkv.bias",),
-    mlp=("mlp.0", "mlp.3"),
-    head="head",
+    TORCHVISION,
+    Names,
+    at,
+    swin_rules,
+    swin_stages,
 )
-HUGGINGFACE = Names(
-    patches="embeddings.patch_embeddings.projection",
-    patch_norm="embeddings.norm",
-    block="encoder.layers.{s}.blocks.{b}",
-    merge="encoder.layers.{s}.downsample",
-    norms=("layernorm_before", "layernorm_after"),
-    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
-    biases=("attention.self.query.bias", "attention.self.value.bias"),
-    out="attention.output.dense",
-    table="attention.self.relative_position_bias_table",
-    logit_scale="attention.self.logit_scale",
-    mlp_of_bias="attention.self.continuous_position_bias_mlp",
-    mlp=("intermediate.dense", "output.dense"),
-    norm="layernorm",
-    head="classifier",
-    prefix=("swin.", "swinv2."),
-)
-IGNORED = ("*.relative_position_index", "*.relative_coords_table", "*.attn_mask")  # computed from the window's size
-
-
-# --- rules -----------------------------------------------------------------------------------------------------------
-
-
-def _at(pattern: str, stage: int, block: int = 0) -> str:
-    return pattern.format(s=stage, t=stage + 1, o=2 * stage + 1, e=2 * stage + 2, b=block)
-
-
-def _prefix(row: SwinConfig, classes: int, names: Names) -> str:
-    return names.prefix[row.version - 1] if classes else ""
-
-
-def _rules(row: Row, classes: int, names: Names) -> list[Rule]:
-    assert isinstance(row, SwinConfig)
-    p = _prefix(row, classes, names)
-    rules = module("backbone.patches.projection", p + names.patches)
-    rules += module("backbone.patch_norm", p + names.patch_norm)
-    for s, depth in enumerate(row.depths):
-        for b in range(depth):
-            rules += _block_rules(row, f"backbone.stages.{s}.{b}", p + _at(names.block, s, b), names)
-        if s < len(row.depths) - 1:
-            merge = p + _at(names.merge, s)
-            rules += module(f"backbone.merges.{s}.norm", f"{merge}.norm")
-            rules.append(same(f"backbone.merges.{s}.reduction.weight", f"{merge}.reduction.weight"))
-    rules += module("backbone.norm", p + names.norm)
-    return rules + (module("head", names.head) if classes else [])
-
-
-def _block_rules(row: SwinConfig, ours: str, theirs: str, names: Names) -> list[Rule]:
-    rules = [rule for i in (0, 1) for rule in module(f"{ours}.norm{i + 1}", f"{theirs}.{names.norms[i]}")]
-    rules += module(f"{ours}.mlp.up", f"{theirs}.{names.mlp[0]}")
-    rules += module(f"{ours}.mlp.down", f"{theirs}.{names.mlp[1]}")
-    rules += module(f"{ours}.attention.out", f"{theirs}.{names.out}")
-    rules.append(packed(f"{ours}.attention.qkv.weight", *(f"{theirs}.{name}.weight" for name in names.qkv)))
-    if row.version == 1:
-        rules.append(packed(f"{ours}.attention.qkv.bias", *(f"{theirs}.{name}.bias" for name in names.qkv)))
-        return [*rules, same(f"{ours}.attention.bias.table", f"{theirs}.{names.table}")]
-    rules.append(_bias_rule(f"{ours}.attention.query_value_bias", tuple(f"{theirs}.{name}" for name in names.biases)))
-    rules.append(same(f"{ours}.attention.logit_scale", f"{theirs}.{names.logit_scale}"))
-    rules += module(f"{ours}.attention.bias.up", f"{theirs}.{names.mlp_of_bias}.0")
-    return [*rules, same(f"{ours}.attention.bias.down.weight", f"{theirs}.{names.mlp_of_bias}.2.weight")]
-
-
-def _bias_rule(ours: str, theirs: tuple[str, ...]) -> Rule:
-    if len(theirs) == 2:
-        return packed(ours, *theirs)
-
-    def read(whole: Tensor) -> Tensor:
-        of_q, _, of_v = whole.view(3, -1)  # that of keys is never used
-        return torch.cat((of_q, of_v))
-
-    def write(pair: Tensor) -> tuple[Tensor]:
-        of_q, of_v = pair.chunk(2)
-        return (torch.cat((of_q, torch.zeros_like(of_q), of_v)),)
-
-    return Rule(ours, theirs, read, write)
-
-
-def _stages(row: Row, classes: int, names: Names) -> list[Stage]:
-    """Outputs of blocks and of mergings, as (B, h w, C)."""
-    assert isinstance(row, SwinConfig)
-    p = _prefix(row, classes, names)
-    stages = []
-    for s, depth in enumerate(row.depths):
-        for b in range(depth):
-            title = f"stage {s + 1}, block {b + 1}"
-            stages.append(Stage(title, f"backbone.stages.{s}.{b}", p + _at(names.block, s, b), _tokens, _rows))
-        if s < len(row.depths) - 1:
-            title = f"merging after stage {s + 1}"
-            stages.append(Stage(title, f"backbone.merges.{s}", p + _at(names.merge, s), _tokens, _rows))
-    return stages
-
-
-def _tokens(output: Any) -> Tensor:
-    return output.rows().flatten(1, 2)
-
-
-def _rows(output: Any) -> Tensor:
-    tensor = output[0] if isinstance(output, tuple) else output
-    return tensor.flatten(1, 2) if tensor.ndim == 4 else tensor
-
+from saccade.weights.formats.table import Format, NoWords, Peer, Shapes, State
 
 # --- what shapes and descriptions tell -------------------------------------------------------------------------------
 
 
 def _recognises(shapes: Shapes, names: Names) -> bool:
     """A block with one of the two kinds of position bias, and a merging where this dialect has it."""
-    block, last = _at(names.block, 0), _at(names.merge, 0)
+    block, last = at(names.block, 0), at(names.merge, 0)
     known = f"{block}.{names.table}" in shapes or f"{block}.{names.logit_scale}" in shapes
     return known and f"{last}.reduction.weight" in shapes and len(shapes.get(f"{names.patches}.weight", ())) == 4
 
@@ -201,15 +59,15 @@ def _form(shapes: Shapes, names: Names) -> SwinConfig:
     """All but the windows of version 2, which are left empty; the size of pictures is that which the windows fit."""
     bare = _bare(shapes, names)
     depths = []
-    while f"{_at(names.block, len(depths), 0)}.{names.norms[0]}.weight" in bare:
+    while f"{at(names.block, len(depths), 0)}.{names.norms[0]}.weight" in bare:
         block = 0
-        while f"{_at(names.block, len(depths), block)}.{names.norms[0]}.weight" in bare:
+        while f"{at(names.block, len(depths), block)}.{names.norms[0]}.weight" in bare:
             block += 1
         depths.append(block)
     dim, _, height, width = bare[f"{names.patches}.weight"]
     if height != width:
         raise UserError(f"patches of {height}x{width} pixels are not supported, only squares")
-    first = [_at(names.block, s) for s in range(len(depths))]
+    first = [at(names.block, s) for s in range(len(depths))]
     version = 2 if f"{first[0]}.{names.logit_scale}" in bare else 1
     key = names.logit_scale if version == 2 else names.table
     tables = [bare[f"{block}.{key}"] for block in first]
@@ -275,7 +133,7 @@ def _told_unit(row: Row, state: State) -> Row:
     the saved table tell: its largest is log2(8 (w - 1) / (t - 1) + 1) / 3 with windows of w now, and of t then.
     """
     assert isinstance(row, SwinConfig)
-    names = [f"{_at(ORIGINAL.block, s)}.attn.relative_coords_table" for s in range(len(row.depths))]
+    names = [f"{at(ORIGINAL.block, s)}.attn.relative_coords_table" for s in range(len(row.depths))]
     if row.version == 1 or not all(name in state for name in names):
         return row
     reach = [(2 ** (3 * float(state[name].max())) - 1) / 8 for name in names]
@@ -397,7 +255,7 @@ def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
     assert isinstance(row, SwinConfig)
-    if (described := as_described(config, classes, strict_img_size=False)) is not None:
+    if (described := as_described(config, classes, {"strict_img_size": False})) is not None:
         return described
     kind = SwinTransformer if row.version == 1 else SwinTransformerV2
     return kind(num_classes=classes, strict_img_size=False, drop_path_rate=row.drop_path, **_timm_arguments(row))
@@ -577,8 +435,8 @@ FORMATS: tuple[Format, ...] = (
         recognises=lambda shapes, config: _recognises(shapes, TIMM) and not _recognises(shapes, ORIGINAL),
         row=_timm_row,
         classes=lambda shapes, config: _classes(shapes, TIMM),
-        rules=lambda row, classes: _rules(row, classes, TIMM),
-        stages=lambda row: _stages(row, 1, TIMM),
+        rules=lambda row, classes: swin_rules(row, classes, TIMM),
+        stages=lambda row: swin_stages(row, 1, TIMM),
         write_config=_timm_config,
         ignored=IGNORED,
         peer=Peer("timm", _build_timm, _call),
@@ -591,8 +449,8 @@ FORMATS: tuple[Format, ...] = (
         recognises=_hf_recognises,
         row=_hf_row,
         classes=lambda shapes, config: _classes(shapes, HUGGINGFACE),
-        rules=lambda row, classes: _rules(row, classes, HUGGINGFACE),
-        stages=lambda row: _stages(row, 1, HUGGINGFACE),
+        rules=lambda row, classes: swin_rules(row, classes, HUGGINGFACE),
+        stages=lambda row: swin_stages(row, 1, HUGGINGFACE),
         write_config=_hf_config,
         ignored=(*IGNORED, "*embeddings.mask_token"),
         peer=Peer("transformers", _build_hf, _hf_logits),
@@ -605,8 +463,8 @@ FORMATS: tuple[Format, ...] = (
         recognises=lambda shapes, config: _recognises(shapes, TORCHVISION),
         row=_torchvision_row,
         classes=lambda shapes, config: _classes(shapes, TORCHVISION),
-        rules=lambda row, classes: _rules(row, classes, TORCHVISION),
-        stages=lambda row: _stages(row, 1, TORCHVISION),
+        rules=lambda row, classes: swin_rules(row, classes, TORCHVISION),
+        stages=lambda row: swin_stages(row, 1, TORCHVISION),
         write_config=_torchvision_config,
         ignored=IGNORED,
         peer=Peer("torchvision", _build_torchvision, _call),
@@ -619,7 +477,7 @@ FORMATS: tuple[Format, ...] = (
         recognises=lambda shapes, config: _recognises(shapes, ORIGINAL),
         row=_original_row,
         classes=lambda shapes, config: _classes(shapes, ORIGINAL),
-        rules=lambda row, classes: _rules(row, classes, ORIGINAL),
+        rules=lambda row, classes: swin_rules(row, classes, ORIGINAL),
         stages=lambda row: [],
         write_config=lambda row, classes: {},
         ignored=IGNORED,

@@ -339,7 +339,7 @@ def build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     assert isinstance(row, ViTConfig)
     norm = partial(LayerNorm, eps=row.norm_eps)
     outputs = row.projection or classes
-    if (described := as_described(config, outputs, dynamic_img_size=True)) is not None:
+    if (described := as_described(config, outputs, {"dynamic_img_size": True})) is not None:
         return described
     arguments = {**_arguments(row), "norm_layer": norm, "num_classes": outputs, "dynamic_img_size": True}
     if row.position == "rotary":
