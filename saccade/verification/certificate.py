@@ -196,8 +196,8 @@ class _Certificate(BaseModel):
     architecture: dict[str, Any]
     versions: dict[str, str]
     weights: _Weights
-    pictures: _Pictures = Field(default=None)  # or
-    texts: _Texts = Field(default=None)
+    pictures: _Pictures | None = None  # or
+    texts: _Texts | None = None
     recorded: dict[str, _Answers]
 
 
@@ -215,13 +215,14 @@ def read_certificate(path: str | Path) -> dict[str, Any]:
     if values.get("certificate") != FORMAT:
         raise UserError(f"--certificate {path}: written by a newer saccade; update the library")
     try:
-        return _Certificate.model_validate(values).model_dump(exclude_unset=True)
+        sound = _Certificate.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise UserError(
             f"--certificate {path}: incomplete or damaged ({'; '.join(faults[:SHOWN])}{more}); get it anew"
         ) from None
+    return {name: value for name, value in sound.items() if value is not None}
 
 
 def refuse_other_file(path: str | Path) -> None:
