@@ -40,6 +40,7 @@ from saccade.drawing import BLUE, FAINT, GREEN, ORANGE, RED, chart_style, save_f
 from saccade.layers.attention import MultiHeadAttention
 from saccade.layers.positions import sinusoidal_1d
 from saccade.layers.transformer import TransformerBlock
+from saccade.words import counted
 
 SYMBOLS, FILLERS = 16, 16
 MARK = SYMBOLS + FILLERS
@@ -238,7 +239,7 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             axes.set(xscale="log", yscale="log", xlabel="length", ylabel="ms", title=title)
             plain_numbers(axes.xaxis, sorted({row["length"] for row in rows if "length" in row}))
             plain_numbers(axes.yaxis)
-            axes.legend()
+        figure.axes[0].legend()
         save_figure(figure, folder / "why-attention-time.png")
 
 
@@ -322,7 +323,7 @@ def main() -> None:
         "--repeated", type=numbers, default=[8, 32, 128, 512], help="distances at which all is repeated"
     )
     parser.add_argument("--lengths", type=numbers, default=[32, 128, 512, 2048])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training for each model")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of training for each model")
     parser.add_argument("--timing-seconds", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--json", type=Path, help="all figures, merged by name")
@@ -341,8 +342,8 @@ def main() -> None:
             found = f"{rows[-1]['step_ms']:.2f} ms a step, {rows[-1]['token_ms']:.3f} a token"
             print(f"{rows[-1]['name']}: {found}", flush=True)
     facts = (
-        f"{options.seconds:g} s of training each, {torch.get_num_threads()} threads, torch {torch.__version__}; other "
-        f"programs kept {load.others():.1f} cores busy meanwhile."
+        f"{options.seconds:g} s of training each, {counted(torch.get_num_threads(), 'thread')}, "
+        f"torch {torch.__version__}; other programs kept {load.others():.1f} cores busy meanwhile."
     )
     (options.out / "images").mkdir(parents=True, exist_ok=True)
     draw(rows, options.out / "images")
