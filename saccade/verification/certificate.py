@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError, field_validator
 from torch import Tensor
 
 from saccade.errors import UserError
@@ -200,6 +200,13 @@ class _Certificate(BaseModel):
     texts: _Texts | None = None
     recorded: dict[str, _Answers]
 
+    @field_validator("pictures", "texts", mode="before")
+    @classmethod
+    def _something(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("says nothing")
+        return value
+
 
 def read_certificate(path: str | Path) -> dict[str, Any]:
     """A certificate that `saccade verify --out` wrote, checked to the last figure: comparing takes long."""
@@ -215,14 +222,13 @@ def read_certificate(path: str | Path) -> dict[str, Any]:
     if values.get("certificate") != FORMAT:
         raise UserError(f"--certificate {path}: written by a newer saccade; update the library")
     try:
-        sound = _Certificate.model_validate(values).model_dump(exclude_unset=True)
+        return _Certificate.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise UserError(
             f"--certificate {path}: incomplete or damaged ({'; '.join(faults[:SHOWN])}{more}); get it anew"
         ) from None
-    return {name: value for name, value in sound.items() if value is not None}
 
 
 def refuse_other_file(path: str | Path) -> None:
