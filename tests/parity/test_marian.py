@@ -449,9 +449,13 @@ def test_verify_with_texts_of_ones_own(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lines.txt: is empty"):
         verify(folder, data=lines)
     values = json.loads((tmp_path / "c.json").read_text())
-    values["pictures"] = values.pop("texts")
+    texts = values.pop("texts")
+    values["pictures"] = {**texts, "height": 32, "width": 32}
     (tmp_path / "c.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="was not made with texts"):
+        verify(folder, dtype="float64", certificate=tmp_path / "c.json")
+    (tmp_path / "c.json").write_text(json.dumps({**values, "pictures": texts}))
+    with pytest.raises(UserError, match=r"incomplete or damaged \(pictures.height: Field required"):
         verify(folder, dtype="float64", certificate=tmp_path / "c.json")
 
 
