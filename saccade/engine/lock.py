@@ -20,6 +20,7 @@ def alone_in(folder: Path, refusal: str) -> Iterator[None]:
     """Make the folder and hold it; where another process, or call, has it, a UserError with these words.
 
     The lock is of the kind that processes forked from this one do not share: its workers may outlive it for a while.
+    Its file goes with it, unless the process is killed; then it stays and hinders nobody.
     """
     path = folder.resolve() / NAME
     if path in _ours:
@@ -30,9 +31,12 @@ def alone_in(folder: Path, refusal: str) -> Iterator[None]:
         descriptor = _take(path, refusal)
         yield
     finally:
-        _ours.discard(path)
         if descriptor is not None:
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    path.unlink()  # before it is let go: whoever opened it meanwhile sees that it is not this one
             os.close(descriptor)
+        _ours.discard(path)
 
 
 def _take(path: Path, refusal: str) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from saccade.config import RunConfig, build_config, load_config, merge
 from saccade.engine import distributed
 from saccade.engine.checkpoint import list_checkpoints
 from saccade.engine.distributed import World
+from saccade.engine.lock import NAME, alone_in
 from saccade.errors import UserError
 from saccade.weights.model_file import write_atomically
 
@@ -60,9 +62,26 @@ def make_run_folder(folder: Path, config: RunConfig, world: World) -> None:
         raise UserError(fault)
 
 
+@contextmanager
+def held(folder: Path, world: World) -> Iterator[None]:
+    """Nobody else trains in the folder meanwhile: two that continue one run would write over each other's state."""
+    fault = ""
+    with ExitStack() as stack:
+        if world.is_main:
+            busy = f"{folder}: another process is training in it; let that one end, or choose another --out"
+            try:
+                stack.enter_context(alone_in(folder / "checkpoints", busy))
+            except UserError as error:
+                fault = str(error)
+        fault = distributed.from_main(fault, world)
+        if fault:
+            raise UserError(fault)
+        yield
+
+
 def remove_unused(folder: Path) -> None:
     """Take back what a run wrote that ended before its first step was done; what others put there stays."""
-    for path in (folder / "config.json", *_written(folder, *BEFORE_STEPS)):
+    for path in (folder / "config.json", folder / "checkpoints" / NAME, *_written(folder, *BEFORE_STEPS)):
         path.unlink(missing_ok=True)
     for each in (folder / "checkpoints", folder / "events", folder):
         with suppress(OSError):  # not empty, or not there

@@ -34,7 +34,7 @@ from saccade.engine.picture_data import unmeasured
 from saccade.engine.plan import EVALUATIONS, EpochEnds, Plan, affordable_evaluations, load_plan, planned_row
 from saccade.engine.progress import RunTable, clock
 from saccade.engine.run_data import RunData, open_data
-from saccade.engine.run_folder import make_run_folder, remove_unused, write_rows
+from saccade.engine.run_folder import held, make_run_folder, remove_unused, write_rows
 from saccade.engine.signals import stop_signals
 from saccade.engine.step import StepResult, seed_everything, train_step
 from saccade.errors import UserError
@@ -122,7 +122,13 @@ def train_in(world: World, config: RunConfig, resume: bool, began: float, show: 
     folder = Path(config.out)
     if not resume:
         make_run_folder(folder, config, world)
-    session = None
+    with held(folder, world):
+        return train_held(world, config, resume, began, show)
+
+
+def train_held(world: World, config: RunConfig, resume: bool, began: float, show: bool) -> TrainResult:
+    """`train` in a folder that is its own."""
+    folder, session = Path(config.out), None
     try:
         session = open_session(config, world, folder if resume else None)
         if resume and (folder / "plan.json").exists():

@@ -473,3 +473,31 @@ def test_files_of_others_are_not_overwritten(config: Build, tmp_path: Path, name
     with pytest.raises(UserError, match=f"run: holds {name}, where a run would write its own; choose another --out"):
         engine.train(config(), show=False)
     assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == "mine"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from saccade.engine.lock import alone_in
+with alone_in(Path(sys.argv[1]), "busy"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_is_continued_by_one_process_at_a_time(config: Build) -> None:
+    run = config()
+    folder = Path(run.out)
+    engine.train(run, show=False)
+    assert not (folder / "checkpoints" / "lock").exists()
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    command = [sys.executable, "-c", HOLD, str(folder / "checkpoints")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"^{folder}: another process is training in it; let that one end"):
+            engine.train(resume_config(folder, {}), resume=True, show=False)
+        assert {path: path.read_bytes() for path in before} == before
+        other.kill()
+    assert (folder / "checkpoints" / "lock").exists()  # who is killed leaves it, and it hinders nobody
+    engine.train(resume_config(folder, {}), resume=True, show=False)
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
