@@ -177,7 +177,16 @@ def _theirs(
     if isinstance(peer, DetectorPeer):
         targets = made_up_targets(len(images), subject.classes, images.dtype)
         call, judge = peer.outputs, judge_theirs(reference, peer, targets)
-    return run_theirs(reference, call, images, stages, judge, rules, parameters)
+    try:
+        return run_theirs(reference, call, images, stages, judge, rules, parameters)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        (H, W), usual = images.shape[-2:], subject.row.image_size
+        if (H, W) == (usual, usual):
+            raise
+        raise UserError(
+            f"{subject.source}: the reference code takes no pictures of {H}x{W} ({(str(error) or type(error).__name__).splitlines()[0]}); "
+            f"give --image-size {usual}"
+        ) from error
 
 
 def describe(subject: Subject, shown: Pictures | Texts, versions: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,3 +201,10 @@ def test_timm_builds_what_the_config_says(row):
     model = timm.create_model(config["architecture"], num_classes=7, **config.get("model_args", {}))
     theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     assert TIMM.row(theirs, config) == row
+
+
+def test_the_reference_is_built_as_its_source_describes_itself():
+    assert TIMM.peer is not None
+    misread = TIMM.peer.build(replace(TINY, attention_blocks=1), 7, TIMM.write_config(TINY, 7)).state_dict()
+    right = TIMM.peer.build(TINY, 7, {}).state_dict()
+    assert {name: value.shape for name, value in misread.items()} == {n: value.shape for n, value in right.items()}

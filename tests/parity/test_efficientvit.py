@@ -223,3 +223,11 @@ def test_the_constant_in_the_divisor_is_the_rows():
     other = Classifier(EfficientViT(TINY), CLASSES).double().eval()
     other.load_state_dict(copy.deepcopy(ours.state_dict()))
     assert (other(images.double()).logits - ours(images.double()).logits).abs().max() > 1e-6
+
+
+def test_the_reference_is_built_as_its_source_describes_itself():
+    assert TIMM.peer is not None
+    config = TIMM.write_config(TINY, CLASSES)
+    misread = TIMM.peer.build(replace(TINY, head_dim=4, attention_eps=0.5), CLASSES, config)
+    assert shapes_of(misread) == shapes_of(TIMM.peer.build(TINY, CLASSES, {}))
+    assert {part.eps for part in misread.modules() if hasattr(part, "kernel_func")} == {1e-5}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saccade.backbones.levit import LEVIT, LeViT, LeViTConfig
 from saccade.errors import UserError
 from saccade.models.classifier import Classifier
+from saccade.verification import verify
 from saccade.weights.formats.levit import FORMATS
 from saccade.weights.formats.table import read_state, write_state
 
@@ -136,3 +139,19 @@ def test_half_a_file_is_refused():
     shapes = {name: shape for name, shape in shapes_of(theirs).items() if not name.startswith("stages.2.")}
     with pytest.raises(UserError, match="is missing: is the file complete"):
         TIMM.row(shapes, {})
+
+
+def test_the_reference_is_built_as_its_source_describes_itself():
+    assert TIMM.peer is not None
+    config = TIMM.write_config(TINY, CLASSES)
+    read = replace(TINY, key_dim=12)  # as if it had been misread
+    assert shapes_of(TIMM.peer.build(read, CLASSES, config)) == shapes_of(TIMM.peer.build(TINY, CLASSES, {}))
+
+
+def test_pictures_that_the_reference_does_not_take(tmp_path):
+    _, theirs = pair()
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(TIMM.write_config(TINY, CLASSES)))
+    assert verify(tmp_path, dtype="float64").agrees
+    with pytest.raises(UserError, match=r"the reference code takes no pictures of 64x128 \(.*\); give --image-size 96$"):
+        verify(tmp_path, dtype="float64", image_size="64x128")

@@ -18,6 +18,7 @@ from saccade.backbones.efficientformer import EFFICIENTFORMER, EfficientFormerCo
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.weights.formats.convolution import conv_norm
+from saccade.weights.formats.reference import as_described
 from saccade.weights.formats.table import Format, NoWords, Peer, Rule, Shapes, Stage, module, same
 
 SCALES = {"scale1": "ls1.gamma", "scale2": "ls2.gamma"}
@@ -229,6 +230,8 @@ def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from timm.models.efficientformer import EfficientFormer
 
     assert isinstance(row, EfficientFormerConfig)
+    if (described := as_described(config, classes, {})) is not None:
+        return described
     return EfficientFormer(num_classes=classes, drop_path_rate=row.drop_path, **_timm_arguments(row))
 
 

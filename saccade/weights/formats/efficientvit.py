@@ -14,7 +14,7 @@ from saccade.backbones.efficientvit import EFFICIENTVIT, EfficientViTConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.weights.formats.convolution import conv_norm
-from saccade.weights.formats.reference import exact
+from saccade.weights.formats.reference import as_described, exact
 from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage, module, same
 
 # timm's names and the authors'; the authors count the stem's first convolution as block 0.
@@ -189,10 +189,12 @@ def _timm_arguments(row: EfficientViTConfig) -> dict[str, Any]:
 
 
 def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
-    """timm's constant in the divisor of attention becomes the row's."""
+    """timm's constant in the divisor of attention becomes the row's, unless the source is timm's own."""
     from timm.models.efficientvit_mit import EfficientVit, LiteMLA
 
     assert isinstance(row, EfficientViTConfig)
+    if (described := as_described(config, classes, {})) is not None:
+        return described
     model = EfficientVit(num_classes=classes, **_timm_arguments(row))
     for part in model.modules():
         if isinstance(part, LiteMLA):

@@ -15,6 +15,7 @@ from saccade.backbones.levit import LEVIT, LeViTConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.weights.formats.convolution import batch_norm, conv_norm
+from saccade.weights.formats.reference import as_described
 from saccade.weights.formats.table import Format, Peer, Rule, Shapes, Stage
 
 HEADS = ("head", "head_dist")
@@ -160,6 +161,8 @@ def _build_timm(row: Row, classes: int, config: Mapping[str, Any]) -> nn.Module:
     from timm.models.levit import Levit, LevitDistilled
 
     assert isinstance(row, LeViTConfig)
+    if (described := as_described(config, classes, {})) is not None:
+        return described
     kind = LevitDistilled if row.summaries == 2 else Levit
     return kind(img_size=row.image_size, num_classes=classes, **_timm_arguments(row))
 
