@@ -58,11 +58,18 @@ def load(source: str, *, device: str = "auto", precision: str = "auto") -> Any:
     """A Model of pictures: `.network`, `.class_names`, `.preprocessing`, `.predict(...)`; or a TextModel, which
     translates: `.translate(...)`, `.stream(...)`.
 
-    From a run folder, a model file, or weights of another library: a hub name, a folder, a file.
+    From a run folder, a model file, or weights of another library: a hub name, a folder, a file. What had to be
+    assumed of the latter is warned of.
     """
+    import warnings
+
     from saccade.engine.translate import open_model
 
-    return open_model(source, device=device, precision=precision)
+    notes: list[str] = []
+    model = open_model(source, device=device, precision=precision, notes=notes)
+    if notes:
+        warnings.warn("\n".join(notes), stacklevel=2)
+    return model
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -196,8 +197,12 @@ def embed(
     """The features of files, folders, PIL images, arrays (H, W, 3) or tensors (3, H, W), held in memory.
 
     What cannot be read is left out and described in `unreadable`. A loaded `Model` keeps its own device and precision.
+    What had to be assumed of weights of another library is warned of.
     """
-    encoder = Encoder.build(_loaded(model, device, precision), what, image_size)
+    notes: list[str] = []
+    encoder = Encoder.build(_loaded(model, device, precision, notes), what, image_size)
+    if notes:
+        warnings.warn("\n".join(notes), stacklevel=3)
     source = list_source(list_inputs(pictures))
     sizes = measure_sizes(source, DATA)
     merged, done = Merged(len(source)), 0

@@ -180,11 +180,11 @@ def _theirs(
     try:
         return run_theirs(reference, call, images, stages, judge, rules, parameters)
     except (RuntimeError, ValueError, AssertionError) as error:
-        (H, W), usual = images.shape[-2:], subject.row.image_size
-        if (H, W) == (usual, usual):
+        (H, W), usual, said = images.shape[-2:], subject.row.image_size, str(error) or type(error).__name__
+        if (usual, usual) == (H, W):
             raise
         raise UserError(
-            f"{subject.source}: the reference code takes no pictures of {H}x{W} ({(str(error) or type(error).__name__).splitlines()[0]}); "
+            f"{subject.source}: the reference code takes no pictures of {H}x{W} ({said.splitlines()[0]}); "
             f"give --image-size {usual}"
         ) from error
 

@@ -153,5 +153,5 @@ def test_pictures_that_the_reference_does_not_take(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(TIMM.write_config(TINY, CLASSES)))
     assert verify(tmp_path, dtype="float64").agrees
-    with pytest.raises(UserError, match=r"the reference code takes no pictures of 64x128 \(.*\); give --image-size 96$"):
+    with pytest.raises(UserError, match=r"reference code takes no pictures of 64x128 \(.*\); give --image-size 96$"):
         verify(tmp_path, dtype="float64", image_size="64x128")

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import saccade
 from saccade import UserError
 from saccade.backbones.base import Row
 from saccade.backbones.vit import VIT
@@ -388,6 +389,16 @@ def test_what_is_assumed_of_such_weights_is_said(
     out = out.replace("v.npz", "w.npz")
     assert main([command, str(tmp_path / "ours.safetensors"), str(tmp_path / "photos"), "--device=cpu", out]) == 0
     assert "note:" not in capsys.readouterr().err, "a model file says all of it itself"
+
+
+def test_what_is_assumed_is_warned_of_in_python(tmp_path: Path) -> None:
+    source = str(folder_of(tmp_path / "hub", raw()))
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match="nothing beside the weights says how pictures are prepared"):
+        saccade.load(source, device="cpu")
+    with pytest.warns(UserWarning, match="nothing beside the weights says how pictures are prepared") as told:
+        saccade.embed(source, [tmp_path / "a.png"], device="cpu")
+    assert {each.filename for each in told} == {__file__}
 
 
 def test_command_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
