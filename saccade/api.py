@@ -21,6 +21,7 @@ from saccade.engine.run_folder import resume_config
 from saccade.engine.translate import TextModel, open_model
 from saccade.errors import UserError
 from saccade.flags import spread
+from saccade.metrics.detection import DetectionMetric
 from saccade.metrics.detection_errors import PictureMistakes
 from saccade.metrics.detection_report import DetectionReport
 from saccade.metrics.translation import TranslationReport
@@ -108,8 +109,10 @@ def evaluate(
         workers=workers,
     )
     inputs = PictureInputs(Normalise(loaded.preprocessing, loaded.device))
+    # as it will be used: a threshold that is chosen on what is measured flatters
+    metric = None if loaded.threshold is None else DetectionMetric(loaded.class_names, loaded.threshold)
     report = evaluate_batches(
-        loaded.network, batches, task, inputs, loaded.device, loaded.precision, World(), count, failed
+        loaded.network, batches, task, inputs, loaded.device, loaded.precision, World(), count, failed, metric
     )
     if failed and unreadable is None:
         what = f"{counted(len(failed), 'picture')} could not be read; the report is without them"

@@ -225,7 +225,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Measure a model on data with its truth.
 
     Of labels: top-1 and top-5, figures per class, confusion, calibration. Of boxes: COCO's average precision, per class
-    and size, precision and recall, the best threshold, and the kinds of mistakes. Of texts: BLEU and chrF by sacreBLEU,
+    and size, precision and recall at its threshold, and the kinds of mistakes. Of texts: BLEU and chrF by sacreBLEU,
     loss and speed.
     """
     from pathlib import Path

@@ -62,6 +62,8 @@ def wrap(model: nn.Module, blocks: Iterable[nn.Module], strategy: str, device: t
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()  # shards are of rows; kernels may lie channels last
         mesh = init_device_mesh(device.type, (world.size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)

@@ -49,15 +49,18 @@ def evaluate_batches(
     world: World,
     progress: Callable[[int], None] | None = None,
     unreadable: list[str] | None = None,
+    metric: Any = None,
 ) -> Any:
     """The task's report over all batches of all processes. Leaves the network in the mode in which it found it.
+
+    `metric` collects it, where that is not the one that the task makes.
 
     What is wrong with pictures that cannot be read is added to `unreadable`; they do not count in the report.
     UserError where none can be.
     """
     was_training = network.training
     network.eval()
-    metric, failed, seen = task.metric(), [], 0
+    metric, failed, seen = task.metric() if metric is None else metric, [], 0
     with torch.inference_mode(), closing(batches):
         for batch in batches:
             batch = batch.to(device)

@@ -93,6 +93,11 @@ class Model:
         config = RunConfig(data="", preprocessing=self.preprocessing)
         return build_picture_task(self.card.task, self.class_names, config, self.network.config)
 
+    @property
+    def threshold(self) -> float | None:
+        """From which score on a detection is believed; none where there are no detections."""
+        return self.task.usual_threshold if self.card.threshold is None else self.card.threshold
+
     def predict(
         self,
         inputs: PictureInput | Iterable[PictureInput],
@@ -133,8 +138,7 @@ class Model:
             raise UserError(f"{self.card.model}: gives every picture a class, however sure; leave the threshold out")
         if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
             raise UserError(f"threshold {threshold!r}: is the least score of a detection, from 0 to 1")
-        own = self.task.usual_threshold if self.card.threshold is None else self.card.threshold
-        least = own if threshold is None else threshold
+        least = self.threshold if threshold is None else threshold
         places = list_inputs(inputs)
         batch_size = self.usual_batch_size if batch_size is None else batch_size
         for start in range(0, len(places), batch_size * READ_AHEAD):

@@ -17,6 +17,8 @@ def splat(
     """
     h, w = grid
     B, Q, P = weights.shape
+    exact = torch.promote_types(locations.dtype, torch.float32)  # under autocast they may be of two kinds
+    locations, weights = locations.to(exact), weights.to(exact)
     size = locations.new_tensor((w, h))
     places = locations * size - 0.5
     corner = places.floor()

@@ -16,7 +16,9 @@ from saccade.metrics.detection_errors import (
     ClassConfusion,
     ErrorKind,
     Split,
+    Threshold,
     ap50_gains,
+    at_threshold,
     best_threshold,
     split_errors,
     sweep,
@@ -42,11 +44,13 @@ AT_75 = int(np.argmin(np.abs(IOU_THRESHOLDS - 0.75)))
 class DetectionMetric:
     """Collects the boxes of picture after picture; what comes out does not depend on their order.
 
-    As with pycocotools, the 100 surest detections of each class count in a picture.
+    As with pycocotools, the 100 surest detections of each class count in a picture. `threshold` is the model's own, at
+    which F1 and mistakes are counted; without one, where F1 is best on these pictures.
     """
 
-    def __init__(self, class_names: Sequence[str]) -> None:
+    def __init__(self, class_names: Sequence[str], threshold: float | None = None) -> None:
         self.class_names = tuple(class_names)
+        self.threshold = threshold
         # by the picture's number: (n, 6) box, score, label; (m, 7) box, label, crowd, area
         self._pictures: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -119,7 +123,8 @@ class DetectionMetric:
         right, counted = matching.right[:, 0, 0], ~matching.ignored[:, 0, 0]
         total = int(totals[:, 0].sum())
         best = best_threshold(detections.score[counted], right[counted], total)
-        shown = split_errors(detections, objects, overlaps, matching, best.threshold)
+        used = self._used(best, detections.score[counted], right[counted], total)
+        shown = split_errors(detections, objects, overlaps, matching, used.threshold)
         every = split_errors(detections, objects, overlaps, matching, -np.inf)
 
         of_size = {size: a for a, size in enumerate(AREAS)}
@@ -141,17 +146,24 @@ class DetectionMetric:
             ar_small=_mean(recall[:, of_size["small"], :, -1]),
             ar_medium=_mean(recall[:, of_size["medium"], :, -1]),
             ar_large=_mean(recall[:, of_size["large"], :, -1]),
-            threshold=best.threshold,
-            f1=best.f1,
-            precision=best.precision,
-            recall=best.recall,
+            threshold=used.threshold,
+            f1=used.f1,
+            precision=used.precision,
+            recall=used.recall,
+            best_threshold=best.threshold,
+            best_f1=best.f1,
+            known=self.threshold is not None,
             classes=self._classes(detections, right, counted, precision, totals[:, 0]),
             errors=_errors(shown, every, ap50_gains(detections, objects, matching, every, totals[:, 0])),
             confusions=self._confusions(detections, objects, shown),
             curves=np.stack([precision[:, 0, 0], precision[:, 0].mean(axis=1)], axis=1),
             sweep=sweep(detections.score[counted], right[counted], total, SWEEP),
-            worst=worst_pictures(detections, objects, shown, best.threshold, sorted(self._pictures), WORST),
+            worst=worst_pictures(detections, objects, shown, used.threshold, sorted(self._pictures), WORST),
         )
+
+    def _used(self, best: Threshold, score: np.ndarray, right: np.ndarray, total: int) -> Threshold:
+        """At the model's own threshold, where it is known."""
+        return best if self.threshold is None else at_threshold(score, right, total, self.threshold)
 
     def _arranged(self) -> tuple[Detections, Objects]:
         """In the order of the pictures' numbers, whatever order they came in."""
@@ -172,6 +184,7 @@ class DetectionMetric:
             here = np.arange(starts[k], starts[k + 1])
             here = here[counted[here]]
             best = best_threshold(detections.score[here], right[here], int(totals[k]))
+            used = self._used(best, detections.score[here], right[here], int(totals[k]))
             rows.append(
                 DetectionScores(
                     name=name,
@@ -180,10 +193,12 @@ class DetectionMetric:
                     ap75=_mean(precision[k, 0, AT_75]),
                     objects=int(totals[k]),
                     detections=len(here),
-                    threshold=best.threshold,
-                    f1=best.f1,
-                    precision=best.precision,
-                    recall=best.recall,
+                    threshold=used.threshold,
+                    f1=used.f1,
+                    precision=used.precision,
+                    recall=used.recall,
+                    best_threshold=best.threshold,
+                    best_f1=best.f1,
                 )
             )
         return tuple(rows)

@@ -228,6 +228,14 @@ def best_threshold(score: np.ndarray, right: np.ndarray, total: int) -> Threshol
     return Threshold(float(threshold), float(f1.max()), float(hits[best] / (best + 1)), float(hits[best] / total))
 
 
+def at_threshold(score: np.ndarray, right: np.ndarray, total: int, threshold: float) -> Threshold:
+    """What keeping all that scores `threshold` or more makes of detections (n,), of which some are right."""
+    kept = int((score >= threshold).sum())
+    hits = int(right[score >= threshold].sum())
+    f1 = 2 * hits / (kept + total) if kept + total else 0.0
+    return Threshold(threshold, f1, hits / kept if kept else 0.0, hits / total if total else 0.0)
+
+
 def sweep(score: np.ndarray, right: np.ndarray, total: int, thresholds: np.ndarray) -> np.ndarray:
     """Precision, recall and F1 (3, S) of keeping what scores `thresholds` (S,) or more; NaN where nothing is."""
     order = np.argsort(-score, kind="stable")

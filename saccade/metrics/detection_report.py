@@ -36,10 +36,12 @@ class DetectionScores:
     ap75: float | None
     objects: int
     detections: int
-    threshold: float | None  # where F1 is best for this class
+    threshold: float | None  # of the model; where it is not known, the best one
     f1: float  # at that threshold and IoU 0.5, as the next two
     precision: float
     recall: float
+    best_threshold: float | None  # where F1 is best for this class, on these pictures
+    best_f1: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,8 @@ class DetectionReport:
     """What an evaluation found. Average precision and recall are COCO's: means over the classes that have an object.
 
     They are none where there is no object (of that size). Threshold, F1, precision and recall are of all classes
-    together at IoU 0.5, at the threshold where F1 is best; it is none where no detection is right.
+    together at IoU 0.5, and mistakes are counted there: at the model's own threshold, by which it will be used; where
+    it is not `known`, where F1 is best on these pictures, which is none where no detection is right.
     """
 
     pictures: int
@@ -70,6 +73,9 @@ class DetectionReport:
     f1: float
     precision: float
     recall: float
+    best_threshold: float | None  # where F1 is best on these pictures
+    best_f1: float
+    known: bool  # `threshold` was chosen before, on others
     classes: tuple[DetectionScores, ...]
     errors: tuple[ErrorKind, ...]
     confusions: tuple[ClassConfusion, ...]
@@ -80,8 +86,8 @@ class DetectionReport:
     def __repr__(self) -> str:
         seen = f"{counted(self.pictures, 'picture')} with {counted(self.objects, 'object')}"
         figures = f"AP {_known(self.ap)}, AP50 {_known(self.ap50)}, AP75 {_known(self.ap75)}"
-        best = "none" if self.threshold is None else f"{self.threshold:.3f} (F1 {percent(self.f1)})"
-        return f"<DetectionReport: {seen}; {figures}, best threshold {best}>"
+        used = "none" if self.threshold is None else f"{self.threshold:.3f} (F1 {percent(self.f1)})"
+        return f"<DetectionReport: {seen}; {figures}, {'' if self.known else 'best '}threshold {used}>"
 
     def scalars(self) -> dict[str, float]:
         """The figures that a run's table shows, all of them always: 0 for what is not known, 0.5 for a threshold."""
@@ -98,7 +104,7 @@ class DetectionReport:
         counts = ("pictures", "objects", "crowds", "detections")
         averages = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
         recalls = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
-        at_threshold = ("threshold", "f1", "precision", "recall")
+        at_threshold = ("threshold", "f1", "precision", "recall", "best_threshold", "best_f1")
         mean, small = self.mean_curves(), len(self.classes) <= 200
         return {
             **{name: getattr(self, name) for name in (*counts, *averages, *recalls, *at_threshold)},
@@ -154,23 +160,30 @@ class DetectionReport:
         summary.add_row("average recall", "1 detection {}, 10 {}, 100 {}".format(*map(_known, limits)))
         sizes = (self.ar_small, self.ar_medium, self.ar_large)
         summary.add_row("  by size", "small {}, medium {}, large {}".format(*map(_known, sizes)))
-        if self.threshold is None:
-            summary.add_row("best threshold", "none: no detection is right")
-        else:
+        if self.threshold is not None:
             figures = f"F1 {percent(self.f1)}, precision {percent(self.precision)}, recall {percent(self.recall)}"
-            summary.add_row("best threshold", f"{self.threshold:.3f}: {figures}")
+            name = "at the model's threshold" if self.known else "best threshold"
+            summary.add_row(name, f"{self.threshold:.3f}: {figures}")
+        if self.best_threshold is None:
+            summary.add_row("best threshold", "none: no detection is right")
+        elif self.known:
+            summary.add_row("best threshold here", f"{self.best_threshold:.3f}: F1 {percent(self.best_f1)}")
         console.print(summary)
         console.print()
 
-        table = _table("class", *("AP", "AP50", "AP75", "F1", "threshold", "objects"))
+        best = ("best F1", "at") if self.known else ("at",)
+        table = _table("class", *("AP", "AP50", "AP75", "F1", *best, "objects"))
         table.columns[0].max_width = 32
         shown, left_out = self._listed()
         for position, scores in enumerate(shown):
             if left_out and position == len(shown) // 2:
-                table.add_row(f"({left_out} more)", *[""] * 6, style="dim")
+                table.add_row(f"({left_out} more)", *[""] * (5 + len(best)), style="dim")
             numbers = (_known(value) for value in (scores.ap, scores.ap50, scores.ap75))
-            f1, threshold = ("–", "–") if scores.threshold is None else (percent(scores.f1), f"{scores.threshold:.3f}")
-            table.add_row(Text(" ".join(scores.name.split())), *numbers, f1, threshold, str(scores.objects))
+            f1 = ["–" if scores.threshold is None else percent(scores.f1)]
+            if self.known:
+                f1.append("–" if scores.best_threshold is None else percent(scores.best_f1))
+            f1.append("–" if scores.best_threshold is None else f"{scores.best_threshold:.3f}")
+            table.add_row(Text(" ".join(scores.name.split())), *numbers, *f1, str(scores.objects))
         console.print(table)
         console.print()
 
@@ -237,8 +250,8 @@ def _draw_curves(report: DetectionReport, path: Path) -> None:
                 report.recall, report.precision, "o", color=INK, ms=9, mfc="white", mew=1.5, zorder=3, label=label
             )
 
-        best = "none" if report.threshold is None else f"F1 {percent(report.f1)} at {report.threshold:.2f}"
-        thresholds.set_title(f"Best threshold: {best}")
+        used = "none" if report.threshold is None else f"F1 {percent(report.f1)} at {report.threshold:.2f}"
+        thresholds.set_title(f"{'Threshold of the model' if report.known else 'Best threshold'}: {used}")
         thresholds.set_xlabel("threshold: what scores less is left out (IoU 0.5)")
         # of the last few detections the precision is a matter of luck
         enough = np.nan_to_num(report.sweep[1]) >= 0.02
@@ -287,7 +300,7 @@ def _draw_classes(
 
 
 def _draw_errors(report: DetectionReport, path: Path) -> None:
-    """What each kind of mistake costs, beside how often it is made at the best threshold."""
+    """What each kind of mistake costs, beside how often it is made at the threshold."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 

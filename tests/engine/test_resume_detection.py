@@ -45,17 +45,20 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_killed_with_other_workers(world: int, squares: Path, runner: Any, killing: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_killed_with_other_workers(
+    world: int, strategy: str, squares: Path, runner: Any, killing: Any, tmp_path: Path
+) -> None:
     """Of two processes one often has pictures without a thing."""
+    flags = [*FLAGS, f"--distributed.strategy={strategy}"]
 
     def run(*arguments: Any, **how: Any) -> Any:
         return runner.run(["train", *arguments], scratch=tmp_path / "scratch", world=world, **how)
 
     whole, stopped = tmp_path / "whole", tmp_path / "run"
-    ended = run(squares, *FLAGS, "--out", whole)
+    ended = run(squares, *flags, "--out", whole)
     assert ended.code == 0, ended.output
-    killed = run(squares, *FLAGS, "--out", stopped, kill_at="after step 2", rank=world - 1)
+    killed = run(squares, *flags, "--out", stopped, kill_at="after step 2", rank=world - 1)
     assert killed.code == -signal.SIGKILL
     ended = run("--resume", stopped, "--workers=2")
     assert ended.code == 0, ended.output

@@ -323,6 +323,32 @@ def test_mistakes_at_the_threshold_are_those_of_what_is_kept():
     assert report.confusions == again.confusions and all(pair.truth != pair.prediction for pair in report.confusions)
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.99])
+def test_at_a_threshold_that_was_chosen_before(threshold):
+    """As the model will be used: nothing but what scores as much counts, whatever were best here."""
+    pictures = without_crowds(9, 10**6, pictures=20)
+    metric = DetectionMetric([f"class {i}" for i in range(5)], threshold)
+    kept = []
+    for index, p in enumerate(pictures):
+        update(metric, index, p)
+        k = p.scores >= threshold
+        kept.append(Picture(p.boxes[k], p.scores[k], p.labels[k], p.truth_boxes, p.truth_labels, p.crowd, p.area))
+    report, free = metric.compute(), evaluate(pictures, 5)
+    hits = sum(brute_force(p)[0].count("right") for p in kept)
+    shown, objects = sum(len(p.scores) for p in kept), sum(len(p.truth_labels) for p in pictures)
+    assert report.threshold == threshold and report.known and not free.known
+    assert (report.precision, report.recall) == pytest.approx((hits / shown, hits / objects))
+    assert report.f1 == pytest.approx(2 * hits / (shown + objects)) and report.f1 < report.best_f1
+    assert (report.best_f1, report.best_threshold) == (free.f1, free.threshold)
+    assert (report.ap, report.ap50) == (free.ap, free.ap50)
+    assert [kind.shown for kind in report.errors] == [kind.count for kind in evaluate(kept, 5).errors]
+    for mine, best in zip(report.classes, free.classes, strict=True):
+        assert mine.threshold == threshold and (mine.best_f1, mine.best_threshold) == (best.f1, best.threshold)
+        assert mine.f1 <= mine.best_f1
+    assert "at the model's threshold" in rendered(report) and "best threshold here" in rendered(report)
+    assert "model's" not in rendered(free)
+
+
 @pytest.mark.parametrize("levels", [4, 10**6])
 def test_no_threshold_is_better_than_the_best(levels):
     pictures = without_crowds(7, levels, pictures=12)

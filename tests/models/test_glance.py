@@ -65,6 +65,9 @@ def test_shapes_for_any_picture_and_maps() -> None:
     assert plain.logits.shape == (2, 9, 3) and plain.boxes.shape == (2, 9, 4) and plain.dense is None
     assert torch.allclose(outputs.logits, plain.logits, atol=1e-5) and torch.allclose(outputs.boxes, plain.boxes)
     assert maps.shape == (2, 9, 8, 12) and maps.min() >= 0 and maps.std(dim=(2, 3)).min() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        _, coarse = network.with_maps(images)
+    assert coarse.shape == maps.shape and coarse.isfinite().all()
     small = network(torch.randn(1, 3, 32, 32))  # 16 + 4 + 1 places
     assert small.logits.shape == (1, 9, 3)
 

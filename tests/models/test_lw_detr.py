@@ -157,6 +157,9 @@ def test_maps_are_where_queries_looked(row):
     network = stirred(detr(row)).eval()
     images = torch.randn(2, 3, 64, 96)
     outputs, maps = network.with_maps(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, coarse = network.with_maps(images)
+    assert coarse.shape == maps.shape and coarse.isfinite().all()
     plain = network(images)
     for one, other in zip(outputs.layers, plain.layers, strict=True):
         assert (one.logits - other.logits).abs().max() <= 1e-5
