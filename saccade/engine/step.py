@@ -39,6 +39,10 @@ def shares_of(session: Session, group: list[AnyBatch]) -> list[float]:
     """What each batch of a step counts: as many of what is learnt from as it holds, in all processes."""
     if len(group) == 1:
         return [1.0]
+    things = [session.task.things(batch.targets) for batch in group]
+    if None not in things:  # losses are divided by them, or by one where there are none
+        counts = [mean_over_processes(count or 0, session.device).item() for count in things]
+        return [max(1.0, count) / max(1.0, sum(counts)) for count in counts]
     amounts = [mean_over_processes(session.data.amount(batch), session.device).item() for batch in group]
     total = sum(amounts)
     # without any readable picture all count alike, as a single batch of that kind counts wholly

@@ -50,6 +50,9 @@ class Task(Protocol):
         """Named, already weighted scalars, whose sum is learnt from."""
         ...
 
+    def things(self, targets: Any, /) -> int | None:
+        """How many the loss of these targets is divided by; none where that is what speed is counted in."""
+
     def metric(self) -> Any:
         """An empty metric: `update` fills it, `state` and `merge` join processes, `compute` gives a Report."""
 

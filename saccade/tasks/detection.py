@@ -93,6 +93,10 @@ class DetectionTask:
     def losses(self, outputs: DetectionOutputs, targets: BoxTargets) -> dict[str, Tensor]:
         return self.loss(outputs, targets)
 
+    @staticmethod
+    def things(targets: BoxTargets) -> int:
+        return len(targets.labels)
+
     def metric(self) -> DetectionMetric:
         return DetectionMetric(self.class_names)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,9 +26,10 @@ from saccade.data.source import Boxes, BoxSource
 from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.predict import Model
+from saccade.engine.step import shares_of
 from saccade.errors import UserError
 from saccade.layers.boxes import to_centres
-from saccade.models.detector import DetectionOutputs, DetectorRow, LayerOutputs
+from saccade.models.detector import BoxTargets, DetectionOutputs, DetectorRow, LayerOutputs
 from saccade.predictions import Detections
 from saccade.tasks.detection import DetectionTask, collate_eval, collate_train, heat_over, lay_out
 from saccade.weights.model_file import ModelCard
@@ -360,3 +362,27 @@ def test_real_pictures_and_the_whole_of_their_truth():
         task.update(metric, outputs_of_truth(task, batch.targets, queries=40), batch.targets)
     report = metric.compute()
     assert report.ap == 1.0 and report.objects == len(corners) > 50
+
+
+@pytest.mark.parametrize("counts", [(9, 1), (0, 3), (0, 0)])
+def test_parts_of_a_step_count_by_their_things(counts: tuple[int, int]) -> None:
+    """As if they were one batch, those without a thing included."""
+    torch.manual_seed(0)
+    task = TASKS["deformable_detr"]
+    logits, boxes = torch.randn(2, 12, 4), torch.rand(2, 12, 4) * 0.4 + 0.3
+    truth = torch.rand(sum(counts), 4) * 0.4 + 0.3
+    labels = torch.randint(0, 2, (len(truth),)) * 2
+    pictures = torch.tensor([0] * counts[0] + [1] * counts[1], dtype=torch.long)
+
+    def targets(first: int, last: int) -> BoxTargets:
+        here = (pictures >= first) & (pictures < last)
+        return BoxTargets(truth[here], labels[here], pictures[here] - first)
+
+    def loss(first: int, last: int) -> torch.Tensor:
+        outputs = DetectionOutputs((LayerOutputs(logits[first:last], boxes[first:last]),))
+        return torch.stack(list(task.losses(outputs, targets(first, last)).values())).sum()
+
+    session: Any = SimpleNamespace(task=task, device=torch.device("cpu"))
+    group: Any = [SimpleNamespace(targets=targets(i, i + 1)) for i in (0, 1)]
+    one, two = shares_of(session, group)
+    torch.testing.assert_close(one * loss(0, 1) + two * loss(1, 2), loss(0, 2))
