@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,36 @@ def test_yaml_can_build_nothing(yolo_set, tmp_path):
     with pytest.raises(UserError, match="not readable as YAML"):
         open_splits(yolo_set)
     assert not made.exists()
+
+
+ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 10))
+BOMBS = {
+    "a name": "names: [dog, *a9]\ntrain: images/train\n",
+    "a mapping": "names: {0: {x: *a9}}\ntrain: images/train\n",
+    "the number of classes": "names: [dog, cat, bird]\nnc: *a9\ntrain: images/train\n",
+    "the place": "names: [dog, cat, bird]\npath: *a9\ntrain: images/train\n",
+    "a split": "names: [dog, cat, bird]\ntrain: *a9\nval: {x: *a9}\n",
+}
+
+
+@pytest.mark.parametrize("inside", BOMBS)
+def test_aliases_of_aliases_are_not_written_out(inside, yolo_set, tmp_path):
+    """In another process, with a limit: nine to the ninth parts would take hours."""
+    file = yolo_set / "data.yaml"
+    file.write_text(ALIASES + BOMBS[inside])
+    code = f"from saccade.data.sources import find; from pathlib import Path; print(find(Path({str(file)!r})).problems)"
+    python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert python.returncode == 0, python.stderr
+    said = {"the number of classes": "nc is a list", "the place": "[]", "a mapping": "class 0 is a mapping"}
+    assert said.get(inside, "a list is no folder" if inside == "a split" else "class 1 is a list") in python.stdout
+    assert len(python.stdout) < 3000
+
+
+def test_merged_mappings_are_not_copied(yolo_set):
+    lines = [f"a{k}: &a{k} {{<<: [{', '.join([f'*a{k - 1}'] * 9)}]}}" for k in range(1, 8)]
+    (yolo_set / "data.yaml").write_text("\n".join(["a0: &a0 {x: 1}", *lines, "names: [dog]", "train: images/train"]))
+    with pytest.raises(UserError, match="not readable as YAML .*<<"):
+        open_splits(yolo_set)
 
 
 def test_what_is_not_yolo(folder):

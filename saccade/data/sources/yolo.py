@@ -48,19 +48,45 @@ def _looks_right(file: Path, usual: bool) -> bool:
     return bool(splits) and (usual or "names" in values)
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data without merge keys (`<<`), which copy what they name: copies of copies grow without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "it merges mappings by <<", node.start_mark)
+        super().flatten_mapping(node)
+
+
 def read_yaml(file: Path) -> Any:
-    """Plain data only. Aliases are one object however often they are named, so nothing grows."""
+    """Plain data only. Aliases are one object however often they are named: see `_shown`."""
     try:
         with file.open("rb") as opened:
             data = opened.read(MAX_YAML + 1)
         if len(data) > MAX_YAML:
             raise UserError(f"{file}: over {MAX_YAML >> 20} MiB, too large for a list of classes and splits")
-        return yaml.safe_load(data)
+        return yaml.load(data, _Loader)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = " ".join(str(error).split())[:160]
         raise UserError(f"{file}: not readable as YAML ({text}); mend it") from None
+
+
+def _plain(value: Any) -> str:
+    """A text, number or date of the file as a text; nothing for what is none."""
+    if isinstance(value, dict | list | set) or value is None:
+        return ""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return ""
+    return str(value).strip()
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: a list or a mapping by its kind alone, as the text of nested aliases can be endless."""
+    kinds = {dict: "a mapping", list: "a list", set: "a set"}
+    if type(value) in kinds:
+        return kinds[type(value)]
+    return f"{value!r:.60}" if _plain(value) or not isinstance(value, int) else "a number of many digits"
 
 
 def has_labels(path: Path) -> bool:
@@ -123,7 +149,7 @@ def _names(file: Path | None, values: dict[str, Any], root: Path, found: Found) 
             where = str(listed)
     if names is None:
         count = values.get("nc")
-        what = f"no names of its {count} classes" if isinstance(count, int) else "no names of classes"
+        what = f"no names of its {_plain(count)} classes" if isinstance(count, int) else "no names of classes"
         remedy = "add `names: [...]` to it" if file else "add a data.yaml with `names: [...]`, or a classes.txt"
         found.problems.append(Problem("no_names", where, f"{what}; {remedy}"))
         return {}
@@ -132,12 +158,12 @@ def _names(file: Path | None, values: dict[str, Any], root: Path, found: Found) 
     )
     table: dict[int, str] = {}
     for number, name in pairs:
-        text = str(name).strip() if isinstance(name, str | int | float) else ""
-        number = int(number) if str(number).isdecimal() and len(str(number)) < 10 else -1
+        text = _plain(name) if isinstance(name, str | int | float) else ""
+        digits = _plain(number)
+        number = int(digits) if digits.isdecimal() and len(digits) < 10 else -1
         if number < 0 or not text:
-            what = (
-                f"class {number if number >= 0 else '?'} is {name!r:.60}; names are a list, or numbers with a name each"
-            )
+            which = number if number >= 0 else "?"
+            what = f"class {which} is {_shown(name)}; names are a list, or numbers with a name each"
             found.problems.append(Problem("bad_names", where, what))
         else:
             table[number] = text
@@ -150,7 +176,7 @@ def _names(file: Path | None, values: dict[str, Any], root: Path, found: Found) 
             found.problems.append(Problem("same_name", f"{where}, class {number}", what, False))
     count = values.get("nc")
     if count is not None and table and count != len(table):
-        what = f"nc is {count!r}, but {len(table)} names are given; correct the wrong one"
+        what = f"nc is {_shown(count)}, but {len(table)} names are given; correct the wrong one"
         found.problems.append(Problem("class_count", where, what, False))
     return table
 
@@ -162,7 +188,7 @@ def _places(file: Path | None, values: dict[str, Any], root: Path, found: Found)
     }
     if not given:
         return _usual_places(root)
-    stated = plain_name(str(values.get("path") or ""))
+    stated = plain_name(_plain(values.get("path")))
     bases = (
         [root / stated, Path(stated).absolute(), root, root.parent] if stated not in ("", ".") else [root, root.parent]
     )
@@ -170,7 +196,11 @@ def _places(file: Path | None, values: dict[str, Any], root: Path, found: Found)
     for split, value in given.items():
         parts = value if isinstance(value, list) else [value]
         for part in parts:
-            text = plain_name(str(part))
+            text = plain_name(_plain(part))
+            if not _plain(part):
+                what = f"{split}: {_shown(part)} is no folder; write the path of one"
+                found.problems.append(Problem("missing_split", str(file), what))
+                continue
             # exports that were made for another place write ../train/images for train/images
             tries = [text, *([text.lstrip("./")] if text.startswith("../") else [])]
             place = next((base / one for one in tries for base in bases if os.path.exists(base / one)), None)
