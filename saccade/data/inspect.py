@@ -23,7 +23,7 @@ from saccade.data.decode import SUFFIXES, Picture, PictureError
 from saccade.data.findings import Findings
 from saccade.data.inspect_boxes import BoxReport, box_hints, box_report, box_rows, share
 from saccade.data.source import BoxSource, LabelledSource, Problem, Source
-from saccade.data.sources import Place, class_problems, find, unite_classes
+from saccade.data.sources import Place, choose_split, class_problems, find, unite_classes
 from saccade.data.sources.boxes import fit
 from saccade.data.text.inspect import TextReport, inspect_texts
 from saccade.data.text.parallel import holds_text
@@ -124,8 +124,11 @@ def _inspect_pictures(path: Place, val: Place | None, config: DataConfig) -> Rep
         beside = find(val)
         problems += beside.problems
         notes += beside.notes
-        sources = {"train": sources.get("train") or next(iter(sources.values()))}
-        sources["val"] = beside.splits.get("val") or next(iter(beside.splits.values()))
+        chosen = {
+            "train": choose_split(sources, "train", *sources),
+            "val": choose_split(beside.splits, "val", *beside.splits),
+        }
+        sources = {split: source for split, source in chosen.items() if source is not None}
     names = unite_classes(list(sources.values())) if sources else ()
     sources = {split: source.with_classes(names) for split, source in sources.items()}
     seen = {split: _look(source, config) for split, source in sources.items()}
@@ -133,9 +136,9 @@ def _inspect_pictures(path: Place, val: Place | None, config: DataConfig) -> Rep
         if isinstance(source, BoxSource):
             sources[split], misfits = fit(source, _sizes(seen[split]))
             problems += misfits
-    learnt = sources.get("train") or sources.get("all")
+    learnt = choose_split(sources, "train", "all")
     if learnt is not None:
-        problems += class_problems(learnt, sources.get("val") or sources.get("test"), str(path), problems)
+        problems += class_problems(learnt, choose_split(sources, "val", "test"), str(path), problems)
     for split, looks in seen.items():
         problems += _of_one_root([look.problem for look in looks if look.problem is not None], split, len(looks))
     problems += _same_bytes(sources, seen)

@@ -274,6 +274,26 @@ def test_one_root_is_one_fault(root, coco_set):
     assert f"{kind.replace('_', ' ')}: 1\n" in text and "\n1 problem\n" in text and said in text
 
 
+def test_an_empty_split_is_refused_and_no_other_takes_its_place(coco_set):
+    root, healthy = coco_set.write(), json.dumps(coco_set.val)
+    (root / "test.json").write_text(healthy)
+    for split in ("val", "train"):
+        empty = {**json.loads(healthy), "images": [None] * 3, "annotations": []}
+        (root / f"{split}.json").write_text(json.dumps(empty))
+        with pytest.raises(UserError, match=rf"{split}\.json: no picture of the {split} split is left"):
+            open_splits(root)
+        assert Counter(p.kind for p in inspect_data(root).problems) >= Counter(bad_image=3, no_pictures=1)
+        (root / f"{split}.json").write_text(healthy)
+
+
+def test_a_val_of_its_own_that_cannot_be_read_is_reported(coco_set):
+    root = coco_set.write()
+    (root / "other.json").write_text('{"im')
+    report = inspect_data(root, root / "other.json")
+    assert [split.name for split in report.splits] == ["train"]
+    assert [(p.kind, Path(p.where).name) for p in report.problems] == [("bad_json", "other.json")]
+
+
 def test_broken_files_that_are_no_split_do_not_matter(coco_set):
     root = coco_set.write()
     (root / "train_settings.json").write_text("{")

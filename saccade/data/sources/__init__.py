@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -92,7 +92,17 @@ def find(path: Place) -> Found:
         folder, form = above
         what = f"is a part of the {form} data set in {folder}, without what else belongs to it; give {folder} instead"
         found.problems[:] = [Problem("part_of_set", str(path), what)]  # of which all else is a consequence
+    if not any(problem.refuses for problem in found.problems):
+        for split, source in found.splits.items():
+            if not len(source):
+                what = f"no picture of the {split} split is left after what is left out; mend it, or remove the split"
+                found.problems.append(Problem("no_pictures", str(source.path), what))
     return found
+
+
+def choose_split(splits: Mapping[str, Source], *names: str) -> Source | None:
+    """The first of these that is there, also where it is empty: that is a fault, and no other split's matter."""
+    return next((splits[name] for name in names if name in splits), None)
 
 
 def _set_above(path: Place) -> tuple[Path, str] | None:
@@ -138,7 +148,7 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
     """
     found = find(path)
     problems, notes = list(found.problems), list(found.notes)
-    train = found.splits.get("train") or found.splits.get("all")
+    train = choose_split(found.splits, "train", "all")
     if train is None:
         raise_problems([problem for problem in problems if problem.refuses], str(path))
         raise UserError(f"{path}: no train split among {', '.join(found.splits)}; rename one, or give one by --val")
@@ -150,7 +160,7 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
         notes += beside.notes
         held_out = _only_split(beside, str(val))
     else:
-        held_out = found.splits.get("val") or found.splits.get("test")
+        held_out = choose_split(found.splits, "val", "test")
         if "val" in found.splits and "test" in found.splits:
             notes.append(f"{path}: val is used to choose the best weights; test is left for `saccade evaluate`")
         elif "test" in found.splits:
