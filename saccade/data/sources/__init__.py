@@ -204,11 +204,13 @@ def open_source(path: Place, split: str | None = None) -> Source:
 def fit_to_pictures(source: Source, sizes: np.ndarray) -> tuple[Source, list[str]]:
     """Boxes against the pictures as they are, of `sizes` int64 (N, 2); and a note for each kind of fault.
 
-    Pictures stay in their places. Only boxes are changed, see `boxes.fit`; a UserError where none is left.
+    Pictures stay in their places. Only boxes are changed, see `boxes.fit`; a UserError where none is left, or where
+    they are of another form.
     """
     if not isinstance(source, BoxSource):
         return source, []
     fitted, problems = boxes.fit(source, sizes)
+    raise_problems([problem for problem in problems if problem.refuses], str(source.path))
     if len(source.boxes) and not len(fitted.boxes):
         raise_problems(problems, str(source.path))
     return fitted, boxes.drop_notes(problems, str(source.path))

@@ -6,7 +6,7 @@ many of a kind there are. What can be understood in two ways, or leaves nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +15,11 @@ import numpy as np
 
 from saccade.data.decode import SWAPS_SIDES, PictureError, open_header, orientation, read_size
 from saccade.data.source import BoxSource, Found, Problem, open_file
+from saccade.data.sources.doubts import COCO_FORM, ROUNDING, as_corners, corners, overhang
 
-ROUNDING = 1.0  # pixels by which a box may leave its picture without a word: tools round
 LARGEST = 1e7  # pixels; beyond it a coordinate is no coordinate
-MANY = 10  # boxes from which on a pattern in all of them is no chance
-FLAT = 0.1  # pixels; no picture shows a thing that is thinner
-CORNERS = 0.2  # share of boxes that leave their pictures, from which on they may be corners
+FLAT = 0.1  # pixels; a box that is thinner has no area
+LEAST = (0.5, 0.95)  # pixels of the shorter and the longer side; no picture shows a thing that is smaller
 ANY_SIZE = 1 << 40  # pixels of a picture whose header only is read
 
 # What training does about each kind that it can do without: of one, and of several.
@@ -35,6 +34,7 @@ DROPPED = {
     ),
     "negative": ("box of negative size is left out", "boxes of negative size are left out"),
     "degenerate": ("box without an area is left out", "boxes without an area are left out"),
+    "too_small": ("box of less than a pixel is left out", "boxes of less than a pixel are left out"),
     "outside": ("box outside its picture is left out", "boxes outside their pictures are left out"),
     "partly_outside": ("box that leaves its picture is clipped", "boxes that leave their pictures are clipped"),
     "duplicate_box": ("repeated box is left out", "repeated boxes are left out"),
@@ -143,17 +143,34 @@ def build(stated: Annotations, found: Found) -> BoxSource:
     report("not_finite", ~finite, "no numbers that a box can have")
     report("negative", negative, "a negative size")
     report("degenerate", flat, "no area")
-    source = _within(source.keep(finite & ~negative & ~flat), _trusted_sizes(source), found.problems)
+    source = _visible(source.keep(finite & ~negative & ~flat), found.problems)
+    source = _within(source, _trusted_sizes(source), found.problems)
     source = _without_repeats(source, found.problems)
     _crowds(source, found.problems)
     return source
+
+
+def _visible(source: BoxSource, problems: list[Problem], chosen: Collection[int] | None = None) -> BoxSource:
+    """Drops boxes of less than a pixel; of the `chosen` pictures alone, where some are."""
+    pictures = source.pictures()
+    side = np.sort(source.boxes[:, 2:] - source.boxes[:, :2], axis=1)
+    small = (side < LEAST).any(axis=1) & (chosen is None or np.isin(pictures, list(chosen)))
+    root = f"{source.path}, all boxes" if small.all() and len(small) > 1 else ""
+    for k in np.flatnonzero(small).tolist():
+        i = int(pictures[k])
+        what = (
+            f"the box {_written(source.boxes[k])} is less than a pixel of {Path(source.files[i]).name}; "
+            "correct it, as it may be in fractions, or remove it"
+        )
+        problems.append(Problem("too_small", source.place(i, k), what, refuses=False, root=root))
+    return source.keep(~small) if small.any() else source
 
 
 def _trusted_sizes(source: BoxSource) -> np.ndarray:
     """The declared sizes, but 0 for a picture of another size whose boxes leave what is declared: `fit` sees to it."""
     sizes = source.declared.copy()
     pictures = source.pictures()
-    leaves = _overhang(source.boxes, sizes[pictures]) > ROUNDING
+    leaves = overhang(source.boxes, sizes[pictures]) > ROUNDING
     doubted = np.unique(pictures[leaves & (sizes[pictures].min(axis=1) > 0)])
     true = picture_sizes([source.files[i] for i in doubted])
     wrong = (true.min(axis=1) > 0) & (true != sizes[doubted]).any(axis=1)
@@ -175,12 +192,6 @@ def picture_sizes(files: Sequence[str], threads: int = 4) -> np.ndarray:
         return np.array(list(pool.map(size, files)), dtype=np.int64).reshape(-1, 2)
 
 
-def _overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """By how many pixels each box (M, 4) leaves the size (M, 2) of its picture; at most 0 where it does not."""
-    out = np.concatenate([-boxes[:, :2], boxes[:, 2:] - sizes[:, ::-1]], axis=1)
-    return out.max(axis=1)
-
-
 def _within(
     source: BoxSource, sizes: np.ndarray, problems: list[Problem], roots: Mapping[int, str] | None = None
 ) -> BoxSource:
@@ -188,7 +199,7 @@ def _within(
     pictures = source.pictures()
     limits = sizes[pictures]
     known = limits.min(axis=1) > 0
-    over = np.where(known, _overhang(source.boxes, limits), 0)
+    over = np.where(known, overhang(source.boxes, limits), 0)
     touched = over > 0
     if not touched.any():
         return source
@@ -296,14 +307,21 @@ def fit(source: BoxSource, sizes: np.ndarray) -> tuple[BoxSource, list[Problem]]
         inside = group[pictures]
         if not inside.any():
             continue
-        of_declared = bool((_overhang(boxes[inside], declared[pictures[inside]]) <= ROUNDING).all())
-        of_true = bool((_overhang(boxes[inside], sizes[pictures[inside]]) <= ROUNDING).all())
+        of_declared = bool((overhang(boxes[inside], declared[pictures[inside]]) <= ROUNDING).all())
+        of_true = bool((overhang(boxes[inside], sizes[pictures[inside]]) <= ROUNDING).all())
         grown = bool(ratio[group][0, 0] > 1)
         if of_declared and (grown or not of_true):
             factors = ratio[pictures[inside]][:, ::-1]
             boxes[inside] *= np.concatenate([factors, factors], axis=1).astype(np.float32)
             area[inside] *= factors.prod(axis=1).astype(np.float32)
             done |= dict.fromkeys(np.flatnonzero(group).tolist(), "scaled")
+    if source.unit == "annotation":  # COCO's, whose stated sizes, if any, could not show it
+        told = np.where((known & ~np.isin(np.arange(len(source)), list(done)))[:, None], sizes, 0)[pictures]
+        numbers = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        doubts = corners(numbers, boxes, told, str(source.path), COCO_FORM)
+        if doubts:
+            problems += doubts
+            boxes = as_corners(numbers, boxes)
     roots: dict[int, str] = {}  # of what is wrong with the boxes of a picture
     for i in np.flatnonzero(differs).tolist():
         (stated_h, stated_w), (true_h, true_w) = declared[i].tolist(), sizes[i].tolist()
@@ -317,6 +335,8 @@ def fit(source: BoxSource, sizes: np.ndarray) -> tuple[BoxSource, list[Problem]]
         roots[i] = f"{source.path}: {stated_w} x {stated_h} stated of {true_w} x {true_h}"
         problems.append(Problem("wrong_size", where, f"{what}; {scaled}; correct the size", False, roots[i]))
     source = replace(source, boxes=boxes, area=area, declared=np.where(known[:, None], sizes, declared))
+    scaled = [i for i, what in done.items() if what == "scaled"]
+    source = _visible(source, problems, scaled) if scaled else source
     return _within(source, np.where(known[:, None], sizes, 0), problems, roots), problems
 
 
@@ -337,24 +357,3 @@ def upright(boxes: np.ndarray, stored: np.ndarray, turn: int) -> np.ndarray:
     if turn in (7, 8):  # what was at the left comes to the bottom
         left, right = width - right, width - left
     return np.stack([top, left, bottom, right], axis=1).astype(np.float32)
-
-
-def suspicions(boxes: np.ndarray, limits: np.ndarray, where: str) -> list[Problem]:
-    """What a split's boxes (M, 4: left, top, width, height) may be instead; `limits` (M, 2): their pictures' sizes."""
-    finite = np.isfinite(boxes).all(axis=1)
-    boxes, limits = boxes[finite], limits[finite]
-    if len(boxes) and (boxes <= 1).all() and (boxes >= 0).all() and (boxes % 1 > 0).any():
-        what = "all boxes lie within 0 and 1, but COCO's are in pixels; multiply them by width and height"
-        return [Problem("fractions", where, what)]
-    known = limits.min(axis=1) > 0
-    boxes, limits = boxes[known], limits[known]
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    leaves = _overhang(corners, limits) > ROUNDING
-    ordered = (boxes[:, 2:] > boxes[:, :2]).all() and (_overhang(boxes, limits) <= ROUNDING).all()
-    if len(boxes) >= MANY and ordered and leaves.mean() >= CORNERS:
-        what = (
-            f"{leaves.sum()} of {len(boxes)} boxes leave their pictures, and none would as (left, top, right, bottom); "
-            "COCO's are (left, top, width, height): subtract"
-        )
-        return [Problem("corners", where, what)]
-    return []

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem
-from saccade.data.sources.boxes import LARGEST, Annotations, build, missing_sizes, suspicions
+from saccade.data.sources.boxes import LARGEST, Annotations, build, missing_sizes
+from saccade.data.sources.doubts import COCO_FORM, as_corners, corners, fractions
 from saccade.data.sources.listing import Listing, PictureFinder, plain_name
 from saccade.errors import UserError
 
@@ -450,15 +451,15 @@ def _source(
     found.problems += missing_sizes(files, declared, (str(file.path),))
     position = {name: k for k, name in enumerate(class_names)}
     labels = np.array([position[file.names[file.category[j]]] for j in kept], np.int64)
-    boxes, limits = file.boxes[kept], declared[picture[kept]]
-    doubts = suspicions(boxes, limits, str(file.path))
-    found.problems += doubts
+    numbers, limits = file.boxes[kept], declared[picture[kept]]
     with np.errstate(invalid="ignore", over="ignore"):
-        if doubts and doubts[0].kind == "fractions":
-            boxes = boxes * limits[:, [1, 0, 1, 0]]
-        if not doubts or doubts[0].kind != "corners":
-            boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    numbers = [number for number, path in zip(file.image_ids, paths, strict=True) if path is not None]
+        boxes = np.concatenate([numbers[:, :2], numbers[:, :2] + numbers[:, 2:]], axis=1)
+        if doubts := fractions(numbers, boxes, str(file.path), "COCO"):
+            boxes *= limits[:, [1, 0, 1, 0]]
+        elif doubts := corners(numbers, boxes, limits, str(file.path), COCO_FORM):
+            boxes = as_corners(numbers, boxes)
+    found.problems += doubts
+    image_ids = [number for number, path in zip(file.image_ids, paths, strict=True) if path is not None]
     stated = Annotations(
         name=root.stem if split == "all" else split,
         path=file.path,
@@ -473,7 +474,7 @@ def _source(
         annotated=(str(file.path),),
         unit="annotation",
         area=file.area[kept],
-        numbers=() if any(isinstance(n, str) for n in numbers) else tuple(int(n) for n in numbers),
+        numbers=() if any(isinstance(n, str) for n in image_ids) else tuple(int(n) for n in image_ids),
     )
     return build(stated, found)
 

@@ -21,6 +21,7 @@ import numpy as np
 from saccade.data.decode import SUFFIXES
 from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem, sort_names
 from saccade.data.sources.boxes import Annotations, build, missing_sizes
+from saccade.data.sources.doubts import fractions
 from saccade.data.sources.listing import Listing, plain_name
 from saccade.words import counted
 
@@ -360,7 +361,10 @@ def _source(
     declared = np.array(split.sizes, np.int64).reshape(-1, 2)
     found.problems += missing_sizes(split.files, declared, split.annotated)
     boxes = np.array(split.boxes, np.float64).reshape(-1, 4)
-    if from_one:  # but a box that begins where it ends is a click, not a thing of one pixel
+    if doubts := fractions(boxes, boxes, str(root) if name == "all" else f"{root}, {name}", "VOC"):
+        found.problems += doubts
+        boxes *= declared[split.picture][:, [1, 0, 1, 0]]
+    elif from_one:  # but a box that begins where it ends is a click, not a thing of one pixel
         boxes[:, :2] -= boxes[:, :2] != boxes[:, 2:]
     position = {class_name: k for k, class_name in enumerate(class_names)}
     stated = Annotations(

@@ -19,6 +19,7 @@ import yaml
 from saccade.data.decode import SUFFIXES
 from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem
 from saccade.data.sources.boxes import Annotations, build, picture_sizes
+from saccade.data.sources.doubts import YOLO_FORM, as_corners, corners
 from saccade.data.sources.image_folder import walk_pictures
 from saccade.data.sources.listing import Listing, plain_name
 from saccade.errors import UserError
@@ -326,6 +327,14 @@ def _source(
     lines = [line for line, known in zip(lines, sizes[picture].min(axis=1) > 0, strict=True) if known]
     picture = np.array([moved[line[0]] for line in lines], np.int64)
     fractions = np.array([line[3] for line in lines], np.float64).reshape(-1, 4)
+    limits = sizes[picture]
+    boxes = fractions * limits[:, [1, 0, 1, 0]]
+    with np.errstate(invalid="ignore", over="ignore"):
+        centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        numbers = np.concatenate([centres, sides], axis=1)
+        if doubts := corners(numbers, boxes, limits, str(root) if name == "all" else f"{root}, {name}", YOLO_FORM):
+            found.problems += doubts
+            boxes = as_corners(numbers, boxes)
     position = {class_name: k for k, class_name in enumerate(merged)}
     stated = Annotations(
         name=root.name if name == "all" else name,
@@ -334,7 +343,7 @@ def _source(
         files=files,
         declared=sizes,
         picture=picture,
-        boxes=fractions * sizes[picture][:, [1, 0, 1, 0]],
+        boxes=boxes,
         labels=np.array([position[names[line[2]]] for line in lines], np.int64),
         crowd=np.zeros(len(lines), np.bool_),
         ids=np.array([line[1] for line in lines], np.int64),
