@@ -394,6 +394,16 @@ def difficult_only(root: Path) -> None:
     file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
 
 
+def another(old: str, new: str) -> Callable[[Any], object]:
+    """A second picture with the name of b, whose XML file is changed."""
+
+    def plant(root: Path) -> None:
+        Image.new("RGB", (64, 48)).save(root / "JPEGImages" / "b.png")
+        change(B, old, new)(root)
+
+    return plant
+
+
 B, B_SIZE = "Annotations/b.xml", "<size><width>64</width><height>48</height><depth>3</depth></size>"
 BOX = "<bndbox><xmin>6</xmin><ymin>6</ymin><xmax>20</xmax><ymax>25</ymax></bndbox>"
 DOG = f"<object><name>dog</name><difficult>0</difficult>{BOX}</object>"
@@ -427,6 +437,7 @@ VOC = [
     Fault("partly outside", change(B, "<xmax>20", "<xmax>80"), "partly_outside", f"{B}, object 1"),
     Fault("twice", change(B, DOG, DOG * 2), "duplicate_box", f"{B}, object 2"),
     Fault("difficult only", difficult_only, "crowd_only", "Annotations/c.xml, object 1"),
+    Fault("another picture of its name", another("<filename>b.jpg</filename>", ""), "several_pictures", B),
     Fault("no pictures", write(TRAIN, ""), "no_pictures", "voc", True),
     Fault("in two splits", append("ImageSets/Main/val.txt", "b\n"), "leak", "JPEGImages/b.jpg"),
 ]  # fmt: skip
@@ -494,6 +505,14 @@ YOLO = [
 ]  # fmt: skip
 
 
+def test_two_pictures_with_one_file_of_labels(yolo_set):
+    Image.new("RGB", (64, 48)).save(yolo_set / "images" / "train" / "b.png")
+    (problem,) = inspect_data(yolo_set).problems
+    assert (problem.kind, problem.where, problem.refuses) == ("shared_labels", str(yolo_set / T), False)
+    assert "b.jpg and b.png" in problem.what
+    assert any("1 label file is that of two pictures" in note for note in open_splits(yolo_set).notes)
+
+
 @pytest.mark.parametrize("fault", YOLO, ids=lambda fault: fault.name)
 def test_yolo(fault, yolo_set):
     fault.plant(yolo_set)
@@ -510,7 +529,7 @@ def test_a_list_that_names_what_is_not_there(yolo_set):
 
 def test_every_kind_that_is_dropped_has_its_words():
     planted = {fault.kind for fault in [*COCO, *VOC, *YOLO] if not fault.refuses} - {"leak"}
-    assert planted | {"no_annotations"} == set(DROPPED)
+    assert planted | {"no_annotations", "shared_labels"} == set(DROPPED)
 
 
 def test_a_healthy_set_raises_no_alarm(coco_set, voc_set, yolo_set):

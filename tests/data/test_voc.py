@@ -138,6 +138,13 @@ def test_the_name_inside_finds_a_picture_that_is_called_otherwise(voc_set):
     assert train.id(1).endswith("renamed.jpg") and len(train.target(1)) == 4
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_the_name_inside_tells_which_of_two_pictures_of_a_name(voc_set, suffix, picture):
+    picture(48, 64).save(voc_set / "JPEGImages" / "b.png")
+    change(voc_set / "Annotations" / "b.xml", "b.jpg", f"b.{suffix}")
+    assert find(voc_set).problems == [] and open_splits(voc_set).train.id(1).endswith(f"b.{suffix}")
+
+
 def test_parts_of_a_thing_are_no_things(voc_set, things, contents):
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></part>"
     change(voc_set / "Annotations" / "b.xml", "<name>dog</name>", f"<name>dog</name>{part}")

@@ -65,6 +65,11 @@ DROPPED = {
     "class_count": ("number of classes is not that of the names", "numbers of classes are not those of the names"),
     "bad_label_file": ("picture with an unreadable label file is left out", "pictures with unreadable label files are"
                        " left out"),
+    "several_pictures": (
+        "XML file with several pictures of its name is taken for that of the first",
+        "XML files with several pictures of their names are taken for those of the first",
+    ),
+    "shared_labels": ("label file is that of two pictures", "label files are those of two pictures"),
     "missing_split": ("split is named that does not exist", "splits are named that do not exist"),
     "no_annotations": ("split without annotations is left out", "splits without annotations are left out"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ class Listing:
 
     def __init__(self) -> None:
         self._folders: dict[str, tuple[set[str], dict[str, str]]] = {}
-        self._pictures: dict[str, dict[str, str]] = {}
+        self._pictures: dict[str, dict[str, list[str]]] = {}
 
     def names(self, folder: str) -> set[str]:
         return self._read(folder)[0]
@@ -28,14 +28,15 @@ class Listing:
             return path
         return os.path.join(parent, lower[base.lower()]) if base.lower() in lower else None
 
-    def picture(self, folder: str | Path, stem: str) -> str | None:
-        """The path of the picture of that stem (which may hold folders) below `folder`."""
+    def pictures(self, folder: str | Path, stem: str) -> list[str]:
+        """The paths of the pictures of that stem (which may hold folders) below `folder`, sorted."""
         parent, base = os.path.split(os.path.normpath(os.path.join(folder, stem)))
         if parent not in self._pictures:
-            split = (os.path.splitext(name) for name in sorted(self.names(parent)))
-            self._pictures[parent] = {head: head + tail for head, tail in split if tail.lower() in SUFFIXES}
-        name = self._pictures[parent].get(base)
-        return None if name is None else os.path.join(parent, name)
+            self._pictures[parent] = {}
+            for head, tail in (os.path.splitext(name) for name in sorted(self.names(parent))):
+                if tail.lower() in SUFFIXES:
+                    self._pictures[parent].setdefault(head, []).append(head + tail)
+        return [os.path.join(parent, name) for name in self._pictures[parent].get(base, [])]
 
     def _read(self, folder: str) -> tuple[set[str], dict[str, str]]:
         if folder not in self._folders:

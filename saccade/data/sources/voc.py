@@ -219,7 +219,7 @@ def _listed(file: Path, unit: _Unit, listing: Listing, found: Found) -> Iterator
             what = f"{name} has no XML file in {unit.xmls}; annotate it, if only to say that nothing is in it"
             found.problems.append(Problem("no_annotation", where, what, False))
             continue
-        picture = _picture_of(unit, name, xml, listing)
+        picture = _picture_of(unit, name, xml, listing, found)
         if picture is None:
             found.problems.append(_missing(where, name, unit))
         else:
@@ -231,7 +231,7 @@ def _all(unit: _Unit, path: Path, listing: Listing, found: Found) -> Iterator[tu
     taken = set()
     names = sorted(name for name in listing.names(str(unit.xmls)) if not name.startswith("."))
     for xml in (unit.xmls / name for name in names if name.lower().endswith(".xml")):
-        picture = _picture_of(unit, xml.stem, str(xml), listing)
+        picture = _picture_of(unit, xml.stem, str(xml), listing, found)
         if picture is None:
             found.problems.append(_missing(str(xml), xml.stem, unit))
         else:
@@ -253,19 +253,26 @@ def _xml_of(unit: _Unit, name: str, listing: Listing) -> str | None:
     return listing.find(unit.xmls, f"{stem}.xml") if stem else None
 
 
-def _picture_of(unit: _Unit, name: str, xml: str, listing: Listing) -> str | None:
-    """The picture of the XML file's own name; what is written inside is often of another time."""
+def _picture_of(unit: _Unit, name: str, xml: str, listing: Listing, found: Found) -> str | None:
+    """The picture of the XML file's own name; what is written inside is often of another time, and tells only which of
+    several of that name it is."""
     stem = name.rpartition(".")[0] if Path(name).suffix.lower() in SUFFIXES else name
-    for folder in unit.pictures:
-        picture = listing.picture(folder, stem)
-        if picture is not None:
-            return picture
+    of_stem = next((same for folder in unit.pictures if (same := listing.pictures(folder, stem))), [])
+    if len(of_stem) == 1:
+        return of_stem[0]
     try:
-        inside = _text(parse_xml(_bytes(Path(xml))), "filename")
+        inside = plain_name(_text(parse_xml(_bytes(Path(xml))), "filename")).rpartition("/")[2]
     except (OSError, LookupError, ValueError, expat.ExpatError, UnsafeXml):  # of an encoding that does not exist, too
-        return None
+        inside = ""
+    if of_stem:
+        named = [picture for picture in of_stem if Path(picture).name.lower() == inside.lower()]
+        if not named:
+            names = " and ".join(Path(picture).name for picture in of_stem)
+            what = f"{names} are of its name, and the first is taken; name the right one as its filename"
+            found.problems.append(Problem("several_pictures", xml, what, False))
+        return (named or of_stem)[0]
     for folder in unit.pictures:
-        picture = listing.find(folder, plain_name(inside).rpartition("/")[2]) if inside else None
+        picture = listing.find(folder, inside) if inside else None
         if picture is not None and Path(picture).suffix.lower() in SUFFIXES:
             return picture
     return None

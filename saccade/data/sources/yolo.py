@@ -304,6 +304,7 @@ def _source(
 ) -> BoxSource:
     keypoints = "kpt_shape" in values
     unread: set[int] = set()
+    of_text: dict[str, int] = {}  # label file -> its first picture
     any_text = False
     for i, text in enumerate(split.texts):
         folder, base = os.path.split(text)
@@ -313,6 +314,11 @@ def _source(
                 continue
             split.texts[i] = text = os.path.join(folder, base)
         any_text = True
+        if text in of_text:
+            both = " and ".join(os.path.basename(split.files[k]) for k in (of_text[text], i))
+            what = f"{both} have these labels in common, and both are learnt with them; rename one, or remove it"
+            found.problems.append(Problem("shared_labels", text, what, False))
+        of_text.setdefault(text, i)
         if not _read_text(text, i, split, names, keypoints, found):
             unread.add(i)
     kept = [i for i in range(len(split.files)) if i not in unread]
