@@ -77,7 +77,14 @@ def without_yaml(root: Path, tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("layout", [split_first, lists, several_folders, beside, without_yaml])
+def capitals(root: Path, tmp_path: Path) -> Path:
+    """Text files as Windows may write them, without a YAML file that says what lies there."""
+    for file in (root / "labels").glob("*/*.txt"):
+        file.rename(file.with_name(file.name.upper()))
+    return without_yaml(root, tmp_path)
+
+
+@pytest.mark.parametrize("layout", [capitals, split_first, lists, several_folders, beside, without_yaml])
 def test_layouts(layout, yolo_set, things, tmp_path, contents):
     root = layout(yolo_set, tmp_path)
     assert detect_format(root) == "yolo"

@@ -93,7 +93,7 @@ def _shown(value: Any) -> str:
 def has_labels(path: Path) -> bool:
     """Whether folders `images` and `labels` with text files lie there, without a YAML file."""
     return any(
-        (base / "images").is_dir() and any(True for _ in (base / "labels").glob("**/*.txt"))
+        (base / "images").is_dir() and any(True for _ in (base / "labels").glob("**/*.[tT][xX][tT]"))
         for base in (path, *(path / name for name in SPLIT_NAMES))
     )
 
@@ -255,10 +255,11 @@ def _text_of(picture: str) -> str:
 def _orphans(texts: set[str], found: Found) -> None:
     """Text files in a folder of labels that are of no picture."""
     folders = {os.path.dirname(text) for text in texts if f"{os.sep}labels{os.sep}" in f"{os.sep}{text}"}
+    of_pictures = {text.lower() for text in texts}
     for folder in sorted(folders):
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
             text = os.path.join(folder, name)
-            if name.endswith(".txt") and name.lower() not in NOT_LABELS and text not in texts:
+            if name.lower().endswith(".txt") and name.lower() not in NOT_LABELS and text.lower() not in of_pictures:
                 what = "no picture of this name; add it, or remove the labels"
                 found.problems.append(Problem("missing_file", text, what, False))
 
@@ -307,12 +308,11 @@ def _source(
     of_text: dict[str, int] = {}  # label file -> its first picture
     any_text = False
     for i, text in enumerate(split.texts):
-        folder, base = os.path.split(text)
-        if base not in listing.names(folder):
-            folder, base = os.path.split(os.path.splitext(split.files[i])[0] + ".txt")  # beside it, after all
-            if base not in listing.names(folder):
-                continue
-            split.texts[i] = text = os.path.join(folder, base)
+        beside = os.path.splitext(split.files[i])[0] + ".txt"
+        text = next((there for one in (text, beside) if (there := _there(one, listing))), None)
+        if text is None:
+            continue
+        split.texts[i] = text
         any_text = True
         if text in of_text:
             both = " and ".join(os.path.basename(split.files[k]) for k in (of_text[text], i))
@@ -357,6 +357,12 @@ def _source(
         unit="line",
     )
     return build(stated, found)
+
+
+def _there(file: str, listing: Listing) -> str | None:
+    """The file as it is written on disk, if only in upper and lower case otherwise."""
+    folder, base = os.path.split(file)
+    return file if base in listing.names(folder) else listing.find(folder, base)
 
 
 def _read_text(text: str, i: int, split: _Split, names: dict[int, str], keypoints: bool, found: Found) -> bool:
