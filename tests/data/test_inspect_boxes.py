@@ -93,6 +93,10 @@ def again(number: int, **values: Any) -> Callable[[Any], object]:
     return lambda coco: coco.train["annotations"].append({**coco.annotation(number), **values})
 
 
+def twice(number: Any) -> Callable[[Any], object]:
+    return lambda coco: [coco.annotation(k).update(id=number) for k in (110, 113)]
+
+
 def text_of(text: str) -> Callable[[Any], object]:
     return lambda coco: coco.files.update(train=text)
 
@@ -176,7 +180,22 @@ COCO = [
     Fault("no box", lambda c: c.annotation(113).pop("bbox"), "no_box", "annotation 113", lost=1),
     Fault("empty box", boxed(113), "no_box", "annotation 113", lost=1),
     Fault("box twice", again(113, id=7), "duplicate_box", "annotation 7"),
-    Fault("box twice without an id", again(113, id=None), "duplicate_box", "annotations[11]"),
+    Fault("box twice without an id", again(113, id=None), "duplicate_box", "annotations[11]", beside=("no_id",)),
+    Fault("no id", lambda c: c.annotation(113).pop("id"), "no_id", "annotations[4]"),
+    Fault("id that is none", lambda c: c.annotation(113).update(id=[113]), "no_id", "annotations[4]"),
+    *(
+        Fault(f"the id {number!r} twice", twice(number), "duplicate_annotation_id", "annotations[4]")
+        for number in ("x", -7, 1 << 62, 10**30)
+    ),
+    Fault("the id 7.0 twice", twice(7.0), "duplicate_annotation_id", "annotation 7"),
+    Fault("the id '7' twice", twice("7"), "duplicate_annotation_id", "annotation 7"),
+    Fault("area of another box", lambda c: c.annotation(113).update(area=3000), "impossible_area", "tion 113"),
+    Fault("area of nothing", lambda c: c.annotation(113).update(area=0), "impossible_area", "annotation 113"),
+    *(
+        Fault(f"crowd {value!r}", lambda c, v=value: c.annotation(113).update(iscrowd=v), "bad_flag", "tion 113")
+        for value in (2, -1, "maybe", [1], 0.5, 10**400)
+    ),
+    Fault("a box of two classes", again(113, id=7, category_id=5), "two_classes", "annotation 7", lost=-1),
     Fault("annotation that is none", more("annotations", "text"), "bad_annotation", "annotations[11]"),
     Fault("negative area", lambda c: c.annotation(113).update(area=-1), "bad_area", "annotation 113"),
     Fault("area not a number", lambda c: c.annotation(113).update(area=float("nan")), "bad_area", "annotation 113"),
@@ -251,6 +270,9 @@ ROOTS: list[tuple[str, Callable[[Any], object], str, int, str]] = [
     ("a picture that is gone", lambda c: c.train["images"].pop(0), "unknown_image", 4, "the same 3 times more"),
     ("one id for all", lambda c: [one.update(id=1) for one in c.train["annotations"]], "duplicate_annotation_id", 10,
      "the same 9 times more: annotation 1 ..."),
+    ("no ids", lambda c: [one.pop("id") for one in c.train["annotations"]], "no_id", 11, "the same 10 times more"),
+    ("no areas", lambda c: [one.update(area=0) for one in c.train["annotations"]], "impossible_area", 11,
+     "the same 10 times more"),
     ("no box at all", lambda c: [one.pop("bbox") for one in c.train["annotations"]], "no_box", 12, "and so "),
     ("pictures by other numbers", lambda c: [one.update(image_id=9000 + one["image_id"])
      for one in c.train["annotations"]], "unknown_image", 12, "and so "),
@@ -436,6 +458,8 @@ VOC = [
           lost=1),
     Fault("partly outside", change(B, "<xmax>20", "<xmax>80"), "partly_outside", f"{B}, object 1"),
     Fault("twice", change(B, DOG, DOG * 2), "duplicate_box", f"{B}, object 2"),
+    Fault("two boxes", change(B, BOX, BOX + BOX.replace("25", "30")), "two_boxes", f"{B}, object 1"),
+    Fault("perhaps difficult", change(B, "<difficult>0", "<difficult>maybe"), "bad_flag", f"{B}, object 1"),
     Fault("difficult only", difficult_only, "crowd_only", "Annotations/c.xml, object 1"),
     Fault("another picture of its name", another("<filename>b.jpg</filename>", ""), "several_pictures", B),
     Fault("no pictures", write(TRAIN, ""), "no_pictures", "voc", True),
@@ -496,6 +520,10 @@ YOLO = [
     Fault("names empty", change("data.yaml", "[dog, cat, bird]", "[]"), "no_names", "data.yaml", True),
     Fault("names without numbers", change("data.yaml", "[dog, cat, bird]", "{dog: 0}"), "bad_names", "data.yaml", True),
     Fault("two of a name", change("data.yaml", "[dog, cat, bird]", "[dog, cat, dog]"), "same_name", "yaml, class 2"),
+    Fault("a number twice", change("data.yaml", "[dog, cat, bird]", "{0: dog, 1: eel, 1: cat, 2: bird}"),
+          "duplicate_category_id", "yaml, class 1", True),
+    Fault("a number and name twice", change("data.yaml", "[dog, cat, bird]", "{0: dog, 1: cat, '1': cat, 2: bird}"),
+          "duplicate_category", "yaml, class 1"),
     Fault("another number of names", change("data.yaml", "nc: 3", "nc: 4"), "class_count", "data.yaml"),
     Fault("not YAML", append("data.yaml", "names: [dog\n"), "bad_yaml", "data.yaml", True),
     Fault("no train folder", change("data.yaml", "images/train", "images/other"), "missing_split", "data.yaml", True),

@@ -20,6 +20,7 @@ from saccade.data.sources.doubts import COCO_FORM, ROUNDING, as_corners, corners
 LARGEST = 1e7  # pixels; beyond it a coordinate is no coordinate
 FLAT = 0.1  # pixels; a box that is thinner has no area
 LEAST = (0.5, 0.95)  # pixels of the shorter and the longer side; no picture shows a thing that is smaller
+MOST = 1.5  # of an area by the box's own, to which an outline keeps but for rounding
 ANY_SIZE = 1 << 40  # pixels of a picture whose header only is read
 
 # What training does about each kind that it can do without: of one, and of several.
@@ -46,6 +47,17 @@ DROPPED = {
         "annotation whose id another one has is kept",
         "annotations whose ids others have are kept",
     ),
+    "no_id": ("annotation without an id is kept", "annotations without an id are kept"),
+    "impossible_area": (
+        "area that its box cannot have is replaced by that of the box",
+        "areas that their boxes cannot have are replaced by those of the boxes",
+    ),
+    "bad_flag": (
+        "object is learnt, though its mark to ignore it is neither yes nor no",
+        "objects are learnt, though their marks to ignore them are neither yes nor no",
+    ),
+    "two_classes": ("box of two classes is kept as both", "boxes of two classes are kept as both"),
+    "two_boxes": ("object with several boxes has the first of them", "objects with several boxes have their first"),
     "bad_area": ("wrong area is replaced by that of the box", "wrong areas are replaced by those of the boxes"),
     "crowd_only": (
         "picture with nothing but regions to ignore is kept",
@@ -117,7 +129,10 @@ def build(stated: Annotations, found: Found) -> BoxSource:
         finite: np.ndarray = np.all(np.abs(boxes) <= LARGEST, axis=1)  # false for NaN too
         side = np.subtract(boxes[:, 2:], boxes[:, :2], dtype=np.float32)
         whole = side.prod(axis=1)
-    given = stated.area[order] if len(stated.area) else np.full(len(order), np.nan)
+        given = stated.area[order] if len(stated.area) else np.full(len(order), np.nan)
+        sound = finite & np.all(np.sort(side, axis=1) >= LEAST, axis=1)
+        impossible = sound & ((given == 0) | (given > MOST * (side + 1).prod(axis=1)))
+        given = np.where(impossible, np.nan, given)
     source = BoxSource(
         name=stated.name,
         path=stated.path,
@@ -148,9 +163,18 @@ def build(stated: Annotations, found: Found) -> BoxSource:
     report("not_finite", ~finite, "no numbers that a box can have")
     report("negative", negative, "a negative size")
     report("degenerate", flat, "no area")
+    root = f"{stated.path}, all areas" if impossible.sum() == sound.sum() > 1 else ""
+    for k in np.flatnonzero(impossible).tolist():
+        what = (
+            f"its area is {stated.area[order[k]]:g}, its box {side[k, 0]:g} x {side[k, 1]:g} pixels; "
+            "the box's is taken, correct it"
+        )
+        place = source.place(int(picture[k]), k)
+        found.problems.append(Problem("impossible_area", place, what, refuses=False, root=root))
     source = _visible(source.keep(finite & ~negative & ~flat), found.problems)
     source = _within(source, _trusted_sizes(source), found.problems)
     source = _without_repeats(source, found.problems)
+    _two_classes(source, found.problems)
     _crowds(source, found.problems)
     return source
 
@@ -252,6 +276,22 @@ def _without_repeats(source: BoxSource, problems: list[Problem]) -> BoxSource:
         )
         problems.append(Problem("duplicate_box", source.place(i, k), what, refuses=False))
     return source.keep(~repeats) if repeats.any() else source
+
+
+def _two_classes(source: BoxSource, problems: list[Problem]) -> None:
+    """Boxes that their pictures have already, with another class; both are kept."""
+    pictures = source.pictures()
+    things = np.flatnonzero(~source.crowd)
+    columns = (*source.boxes[things].T, pictures[things])
+    order = np.lexsort(columns)
+    same = np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in columns])
+    for k, other in zip(things[order[1:][same]].tolist(), things[order[:-1][same]].tolist(), strict=True):
+        i = int(pictures[k])
+        what = (
+            f"the {source.class_names[source.labels[k]]} {_written(source.boxes[k])} in {Path(source.files[i]).name} "
+            f"is a {source.class_names[source.labels[other]]}, too; keep the right one"
+        )
+        problems.append(Problem("two_classes", source.place(i, k), what, refuses=False))
 
 
 def _crowds(source: BoxSource, problems: list[Problem]) -> None:

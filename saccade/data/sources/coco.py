@@ -298,9 +298,9 @@ def _read_annotations(file: _File, entries: list[Any], found: Found) -> None:
                 found.problems.append(Problem("bad_annotation", f"{file.path}, annotations[{k}]", what, False))
     rows = [k for k, entry in enumerate(entries) if type(entry) is dict]
     chosen = [entries[k] for k in rows]
-    numbers = [entry.get("id") for entry in chosen]
+    keys = [_plain_id(entry.get("id")) for entry in chosen]
     ids = np.array(
-        [n if type(n) is int and 0 <= n < 1 << 62 else -1 - k for k, n in zip(rows, numbers, strict=True)], np.int64
+        [n if isinstance(n, int) and 0 <= n < 1 << 62 else -1 - k for k, n in zip(rows, keys, strict=True)], np.int64
     )
 
     def report(kind: str, j: int, what: str, root: str = "") -> None:
@@ -309,14 +309,16 @@ def _read_annotations(file: _File, entries: list[Any], found: Found) -> None:
         root = f"{file.path}, {root}" if root else ""
         found.problems.append(Problem(kind, f"{file.path}, {name}", what, refuses=False, root=root))
 
-    order = np.argsort(ids, kind="stable")
-    for j in order[1:][ids[order[1:]] == ids[order[:-1]]].tolist():
-        report(
-            "duplicate_annotation_id",
-            j,
-            f"annotations[{rows[j]}] has the id of another; both are kept, number them anew",
-            f"annotations of the id {ids[j]}",
-        )
+    seen: set[int | str] = set()
+    none = "no ids" if len(keys) > 1 and not any(key is not None for key in keys) else ""
+    for j, key in enumerate(keys):
+        if key is None:
+            report("no_id", j, "no id, which is a number; give it one that no other has", none)
+        elif key in seen:
+            what = f"annotations[{rows[j]}] has the id of another; both are kept, number them anew"
+            report("duplicate_annotation_id", j, what, f"annotations of the id {key!s:.20}")
+        else:
+            seen.add(key)
     picture = np.array([_look_up(file.same, entry.get("image_id")) for entry in chosen], np.int64)
     if file.files:  # else it has been said
         for j in np.flatnonzero(picture < 0).tolist():
@@ -338,12 +340,16 @@ def _read_annotations(file: _File, entries: list[Any], found: Found) -> None:
         sound[j] = False
     area = np.array([_area(entry.get("area")) for entry in chosen], np.float64)
     for j in np.flatnonzero(sound & (area < 0)).tolist():
-        report("bad_area", j, f"its area is {chosen[j]['area']!r}; that of the box is taken, correct it")
+        report("bad_area", j, f"its area is {chosen[j]['area']!r:.80}; that of the box is taken, correct it")
+    crowd = [_flag(entry.get("iscrowd")) for entry in chosen]
+    for j in [j for j, flag in enumerate(crowd) if flag is None and sound[j]]:
+        what = f"its iscrowd is {chosen[j]['iscrowd']!r:.80}, not 0 or 1; it is taken as 0, correct it"
+        report("bad_flag", j, what)
     kept = np.flatnonzero(sound)
     file.picture, file.boxes, file.ids = picture[kept], boxes[kept], ids[kept]
     file.category = [_key(file.names, category[j]) for j in kept]
-    file.crowd = np.array([chosen[j].get("iscrowd") in (1, "1", True) for j in kept], np.bool_)
-    file.area = np.where(area > 0, area, np.nan)[kept]
+    file.crowd = np.array([bool(crowd[j]) for j in kept], np.bool_)
+    file.area = np.where(area >= 0, area, np.nan)[kept]
 
 
 def _key(table: dict[Hashable, Any], number: Any) -> Hashable:
@@ -364,10 +370,28 @@ def _look_up(table: dict[Hashable, int], number: Any) -> int:
     return table.get(_key(table, number), -1) if position is None else position
 
 
-def _area(value: Any) -> float:
-    """An area, 0 where none is stated, -1 for what cannot be one."""
+def _plain_id(value: Any) -> int | str | None:
+    """An id as the same key however it is written; None for what is none."""
+    if not _is_id(value):
+        return None
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() and value.isascii() and len(value) < 20 else value
+    return int(value)
+
+
+def _flag(value: Any) -> bool | None:
+    """Yes or no, which is also what is not stated; None for what is neither."""
     if value is None:
-        return 0.0
+        return False
+    if isinstance(value, str):
+        return {"0": False, "1": True, "false": False, "true": True}.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def _area(value: Any) -> float:
+    """An area, NaN where none is stated, -1 for what cannot be one."""
+    if value is None:
+        return float("nan")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

@@ -29,6 +29,7 @@ ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "xml", "xmls")
 PICTURE_FOLDERS = ("JPEGImages", "images", "Images", "imgs")
 MAX_BYTES = 16 << 20  # of one XML file
 MAX_DEPTH = 64
+YES, NO = ("1", "true", "yes"), ("0", "false", "no")
 SPLIT_ORDER = ("train", "val", "test", "all")
 
 
@@ -337,10 +338,17 @@ def _read_object(thing: Element, number: int, xml: Path, split: _Split, found: F
         what = f"{name} with the box {', '.join(text or '?' for text in texts)}, not four numbers; correct it"
         found.problems.append(Problem("bad_box", where, what, False))
         return
+    if len(thing.findall("bndbox")) > 1:
+        what = f"{name} with several boxes, of which the first is taken; make an object of each, or remove the others"
+        found.problems.append(Problem("two_boxes", where, what, False))
+    difficult = _text(thing, "difficult").lower()
+    if difficult not in ("", *YES, *NO):
+        what = f"{name} is {difficult[:60]!r} difficult, not 0 or 1; it is taken as 0, correct it"
+        found.problems.append(Problem("bad_flag", where, what, False))
     split.picture.append(len(split.files) - 1)
     split.boxes.append((left, top, right, bottom))
     split.names.append(name)
-    split.difficult.append(_text(thing, "difficult").lower() in ("1", "true", "yes"))
+    split.difficult.append(difficult in YES)
     split.ids.append(number)
 
 

@@ -168,6 +168,13 @@ def _names(file: Path | None, values: dict[str, Any], root: Path, found: Found) 
             found.problems.append(Problem("bad_names", where, what))
         else:
             table[number] = text
+    for number, one, other in _numbered_twice(file) if file is not None and isinstance(names, dict) else []:
+        if one == other:
+            what = "listed twice; remove one of them"
+            found.problems.append(Problem("duplicate_category", f"{where}, class {number}", what, False))
+        else:
+            what = f"both {one!r:.60} and {other!r:.60} have this number; give one of them another"
+            found.problems.append(Problem("duplicate_category_id", f"{where}, class {number}", what))
     if not pairs:
         found.problems.append(Problem("no_names", where, "the list of names is empty; write the names of the classes"))
     table = dict(sorted(table.items()))
@@ -180,6 +187,20 @@ def _names(file: Path | None, values: dict[str, Any], root: Path, found: Found) 
         what = f"nc is {_shown(count)}, but {len(table)} names are given; correct the wrong one"
         found.problems.append(Problem("class_count", where, what, False))
     return table
+
+
+def _numbered_twice(file: Path) -> list[tuple[str, str, str]]:
+    """Each number that `names` has again, with both names: of a mapping only the last is read."""
+    root = yaml.compose(file.read_bytes(), _Loader)
+    inside = next((value for key, value in root.value if key.value == "names"), None)
+    seen: dict[str, str] = {}
+    twice = []
+    for key, value in inside.value if isinstance(inside, yaml.MappingNode) else []:
+        number, name = (str(n.value) if isinstance(n, yaml.ScalarNode) else "" for n in (key, value))
+        if number in seen:
+            twice.append((number, seen[number], name))
+        seen.setdefault(number, name)
+    return twice
 
 
 def _places(file: Path | None, values: dict[str, Any], root: Path, found: Found) -> dict[str, list[Path]]:
