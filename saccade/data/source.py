@@ -15,6 +15,11 @@ from saccade.data.decode import PictureError
 from saccade.errors import UserError
 
 
+def printable(text: str) -> str:
+    """With what no output can hold replaced: halves of a character (lone surrogates), which JSON's escapes can make."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something wrong with the data: what kind, where, and what it is, with what to do about it.
@@ -28,6 +33,10 @@ class Problem:
     what: str
     refuses: bool = True
     root: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "root"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"

@@ -533,6 +533,20 @@ YOLO = [
 ]  # fmt: skip
 
 
+def test_halves_of_a_character_can_be_printed(coco_set, yolo_set):
+    """JSON's and YAML's escapes can make them, and no output can hold them."""
+    for data in (coco_set.train, coco_set.val):
+        data["categories"][0]["name"] = "cat\udfff"
+    coco_set.train["images"].append({"id": "\ud800", "file_name": "\udc00.jpg"})
+    coco_set.train["images"].append({"id": "\ud800", "file_name": "x.jpg"})
+    change("data.yaml", "[dog, cat, bird]", '[dog, "cat\\udfff", "\\ud83d\\udc08"]')(yolo_set)
+    for root, last in ((coco_set.write(), "bird"), (yolo_set, "\U0001f408")):
+        report = inspect_data(root)
+        assert list(report.to_dict()["splits"][0]["classes"]) == ["dog", "cat\ufffd", last]
+        assert "cat\ufffd" in rendered(report).encode().decode()
+        json.dumps(report.to_dict(), ensure_ascii=False).encode()
+
+
 def test_two_pictures_with_one_file_of_labels(yolo_set):
     Image.new("RGB", (64, 48)).save(yolo_set / "images" / "train" / "b.png")
     (problem,) = inspect_data(yolo_set).problems

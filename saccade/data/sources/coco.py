@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem
+from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem, printable
 from saccade.data.sources.boxes import LARGEST, Annotations, build, missing_sizes
 from saccade.data.sources.doubts import COCO_FORM, as_corners, corners, fractions
 from saccade.data.sources.listing import Listing, PictureFinder, plain_name
@@ -226,13 +226,13 @@ def _read_categories(file: _File, entries: list[Any], found: Found) -> None:
     for k, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
         name = entry.get("name") if isinstance(entry, dict) else None
-        name = str(name).strip() if isinstance(name, str | int) else ""
+        name = printable(str(name)).strip() if isinstance(name, str | int) else ""
         if not _is_id(number) or not name:
             what = 'no category, which is {"id": ..., "name": ...}; complete it'
             found.problems.append(Problem("bad_category", f"{file.path}, categories[{k}]", what))
             continue
         if entry.get("supercategory") is not None:
-            file.above.add(str(entry["supercategory"]).strip())
+            file.above.add(printable(str(entry["supercategory"])).strip())
         where = f"{file.path}, category {number}"
         if number not in file.names:
             file.names[number] = name

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saccade.data.source import SPLIT_NAMES, FileSource, Found, Problem, sort_names
+from saccade.data.source import SPLIT_NAMES, FileSource, Found, Problem, printable, sort_names
 from saccade.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -61,7 +61,7 @@ def _read(path: Path, found: Found) -> None:
                 )
                 break
         file = _text(row.get(columns["path"] or ""))
-        label = _text(row.get(columns["label"] or ""))
+        label = printable(_text(row.get(columns["label"] or "")))
         split = _text(row.get(columns["split"])) if columns["split"] else "all"
         if not file or not label:
             lacking = "label" if file else "path"

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from saccade.data.decode import SUFFIXES
-from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem
+from saccade.data.source import SPLIT_NAMES, BoxSource, Found, Problem, printable
 from saccade.data.sources.boxes import Annotations, build, picture_sizes
 from saccade.data.sources.doubts import YOLO_FORM, as_corners, corners
 from saccade.data.sources.image_folder import walk_pictures
@@ -159,7 +159,7 @@ def _names(file: Path | None, values: dict[str, Any], root: Path, found: Found) 
     )
     table: dict[int, str] = {}
     for number, name in pairs:
-        text = _plain(name) if isinstance(name, str | int | float) else ""
+        text = printable(_plain(name)) if isinstance(name, str | int | float) else ""
         digits = _plain(number)
         number = int(digits) if digits.isdecimal() and len(digits) < 10 else -1
         if number < 0 or not text:
