@@ -140,7 +140,9 @@ def _inspect_pictures(path: Place, val: Place | None, config: DataConfig) -> Rep
     if learnt is not None:
         problems += class_problems(learnt, choose_split(sources, "val", "test"), str(path), problems)
     for split, looks in seen.items():
-        problems += _of_one_root([look.problem for look in looks if look.problem is not None], split, len(looks))
+        none = split != "test" and not any(look.size for look in looks)  # where training has nothing to begin with
+        faulty = [replace(look.problem, refuses=none) for look in looks if look.problem is not None]
+        problems += _of_one_root(faulty, split, len(looks))
     problems += _same_bytes(sources, seen)
     return Report(
         path=str(path),
@@ -175,11 +177,11 @@ def _look(source: Source, config: DataConfig) -> list[_Seen]:
             picture = Picture(data, name, config.max_pixels)
             picture.whole()
         except PictureError as error:
-            return _Seen(digest, None, Problem(error.kind, name, error.reason))
+            return _Seen(digest, None, Problem(error.kind, name, error.reason, refuses=False))
         suffix = PurePath(name).suffix.lower()
         if SUFFIXES.get(suffix, picture.format) != picture.format:
             what = f"the name ends in {suffix}, the content is {picture.format}; rename it"
-            return _Seen(digest, picture.size, Problem("wrong_extension", name, what))
+            return _Seen(digest, picture.size, Problem("wrong_extension", name, what, refuses=False))
         return _Seen(digest, picture.size)
 
     console = Console(stderr=True)
@@ -213,13 +215,13 @@ def _same_bytes(sources: dict[str, Source], seen: dict[str, list[_Seen]]) -> lis
         for names in by_split.values():
             if len(names) > 1:
                 what = f"the same bytes as {', '.join(names[1:])}; keep one of them"
-                problems.append(Problem("duplicate", names[0], what))
+                problems.append(Problem("duplicate", names[0], what, refuses=False))
         if len(by_split) > 1:
             what = f"in {' and '.join(by_split)}: the same bytes as {', '.join(others)}; keep it in one split only"
-            leaks[tuple(by_split)].append(Problem("leak", first, what))
+            leaks[tuple(by_split)].append(Problem("leak", first, what, refuses=False))
         if len(labels) > 1:
             what = f"labelled {' and '.join(labels)}: the same bytes as {', '.join(others)}; keep the right one"
-            problems.append(Problem("two_labels", first, what))
+            problems.append(Problem("two_labels", first, what, refuses=False))
     for splits, same in leaks.items():  # a whole split that is a copy of another's part is one fault
         whole = len(same) > 1 and len(same) == min(len(sources[split]) for split in splits)
         root = f"{' and '.join(splits)} are the same" if whole else ""

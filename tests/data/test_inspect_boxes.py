@@ -599,6 +599,27 @@ def test_faults_of_pictures_and_leaks_are_found_here_too(coco_set):
     coco_set.val["images"][0].update(width=64, height=48)
     kinds = Counter(problem.kind for problem in inspect_data(coco_set.write()).problems)
     assert kinds == {"unreadable": 1, "leak": 1}
+    assert not any(p.refuses for p in inspect_data(coco_set.root).problems) and len(open_splits(coco_set.root).val) == 2
+    for name in ("a.jpg", "b.jpg", "c.png", "d.jpg"):
+        (coco_set.pictures / name).write_bytes(b"no picture")
+    assert all(p.refuses for p in inspect_data(coco_set.root).problems)
+
+
+def test_what_only_inspect_sees_does_not_keep_training_from_starting(coco_set):
+    train = coco_set.pictures
+    (train / "a.jpg").write_bytes((train / "a.jpg").read_bytes()[:-200])
+    (train / "b.jpg").rename(train / "b.png")
+    (train / "d.jpg").write_bytes((train / "b.png").read_bytes())
+    coco_set.train["images"][1]["file_name"] = "b.png"
+    coco_set.train["images"][3].update(width=64, height=48)
+    kinds = {problem.kind: problem.refuses for problem in inspect_data(coco_set.write()).problems}
+    assert kinds == dict.fromkeys(("truncated", "wrong_extension", "duplicate"), False)
+
+
+def test_a_picture_in_train_and_val_is_noted(coco_set):
+    coco_set.val["images"][1].update(file_name="./images/../images/b.jpg", width=64, height=48)
+    notes = open_splits(coco_set.write()).notes
+    assert sum("1 picture is both learnt from and measured on" in note and "b.jpg" in note for note in notes) == 1
 
 
 def test_hints(coco_set):

@@ -165,6 +165,8 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
             notes.append(f"{path}: val is used to choose the best weights; test is left for `saccade evaluate`")
         elif "test" in found.splits:
             notes.append(f"{path}: no val split, test is used as such")
+    if held_out is not None:
+        notes += _in_both(train, held_out, str(path))
     class_names = unite_classes([train] if held_out is None else [train, held_out])
     train = train.with_classes(class_names)
     held_out = held_out.with_classes(class_names) if held_out is not None else None
@@ -184,6 +186,17 @@ def open_splits(path: Place, *, val: Place | None = None, val_fraction: float = 
         if empty:
             notes.append(f"{source.path}: no {what} of {', '.join(empty)} to {use}")
     return Splits(train, held_out, found.format, notes, found.task)
+
+
+def _in_both(train: Source, held_out: Source, where: str) -> list[str]:
+    """A note where pictures are learnt from and measured on; of copies under other names, `inspect` knows."""
+    learnt = {os.path.abspath(train.id(i)) for i in range(len(train))}
+    same = [name for name in map(held_out.id, range(len(held_out))) if os.path.abspath(name) in learnt]
+    if not same:
+        return []
+    which = f"{counted(len(same), 'picture')} {'is' if len(same) == 1 else 'are'}"
+    such = f"such as {same[0]}" if len(same) > 1 else same[0]
+    return [f"{where}: {which} both learnt from and measured on, which flatters the measure, {such}"]
 
 
 def open_source(path: Place, split: str | None = None) -> Source:
