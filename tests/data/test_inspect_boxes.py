@@ -243,7 +243,7 @@ def test_coco(fault, coco_set):
     root = coco_set.write()
     if fault.name == "nothing usable":
         assert Counter(p.kind for p in inspect_data(root).problems) == {"degenerate": 11, "no_objects": 1}
-        with pytest.raises(UserError, match=r"no objects to learn from after what is left out \(11 faults\)"):
+        with pytest.raises(UserError, match=r"left out \(11 faults\), most often as in .*tion 101: 0 x 0 pixels"):
             open_splits(root)
         return
     check(fault, root, OBJECTS)
@@ -545,6 +545,17 @@ def test_halves_of_a_character_can_be_printed(coco_set, yolo_set):
         assert list(report.to_dict()["splits"][0]["classes"]) == ["dog", "cat\ufffd", last]
         assert "cat\ufffd" in rendered(report).encode().decode()
         json.dumps(report.to_dict(), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("change_line, words", [
+    (lambda fields: [fields[0], *(str(100 * float(value)) for value in fields[1:])], "numbers are in pixels"),
+    (lambda fields: [*fields, "0.9"], "6 numbers, not a class and four"),
+])  # fmt: skip
+def test_what_leaves_no_object_is_named(yolo_set, change_line, words):
+    for file in (yolo_set / "labels").rglob("*.txt"):
+        file.write_text("".join(" ".join(change_line(line.split())) + "\n" for line in file.read_text().splitlines()))
+    with pytest.raises(UserError, match=rf"no objects to learn from after .*, most often as in .*\.txt:1: {words}"):
+        open_splits(yolo_set)
 
 
 def test_two_pictures_with_one_file_of_labels(yolo_set):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,10 +274,18 @@ def _box_problems(train: BoxSource, val: Source | None, known: Sequence[Problem]
     root = roots.pop() if len(roots) == 1 else ""  # of which this is a consequence
     for source, use in ((train, "to learn from"), (val, "to measure on")):
         if isinstance(source, BoxSource) and source.crowd.all():  # also where there is nothing
-            left = f" after what is left out ({counted(len(known), 'fault')})" if known else ""
-            what = f"no objects {use}{left}; annotate some"
+            what = f"no objects {use}{_left_out(known)}annotate some"
             problems.append(Problem("no_objects", str(source.path), what, root=root))
     return problems
+
+
+def _left_out(known: Sequence[Problem]) -> str:
+    """How much, and the first of the commonest kind, which may be the cause."""
+    if not known:
+        return "; "
+    ((kind, _),) = Counter(problem.kind for problem in known).most_common(1)
+    first = next(problem for problem in known if problem.kind == kind)
+    return f" after what is left out ({counted(len(known), 'fault')}), most often as in {first}; mend that, or "
 
 
 def split_off(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
