@@ -144,6 +144,14 @@ def test_one_class_and_classes_without_objects_are_fine(coco_set):
     assert splits.train.class_names == ("cat",) and splits.notes == []
 
 
+def test_a_class_of_its_own_name_is_no_group(coco_set):
+    for data in (coco_set.train, coco_set.val):
+        data["categories"].append({"id": 91, "name": "person", "supercategory": "person"})
+    splits = open_splits(coco_set.write())
+    assert splits.train.class_names == ("dog", "cat", "bird", "person")
+    assert any("no objects of person to learn from" in note for note in splits.notes)
+
+
 def test_ids_and_boxes_may_be_texts_and_lists_may_be_mixed(coco_set, things, contents):
     for image in coco_set.train["images"]:
         image["id"] = str(image["id"])

@@ -231,8 +231,9 @@ def _read_categories(file: _File, entries: list[Any], found: Found) -> None:
             what = 'no category, which is {"id": ..., "name": ...}; complete it'
             found.problems.append(Problem("bad_category", f"{file.path}, categories[{k}]", what))
             continue
-        if entry.get("supercategory") is not None:
-            file.above.add(printable(str(entry["supercategory"])).strip())
+        above = printable(str(entry.get("supercategory") or "")).strip()
+        if above != name:  # COCO's person is of the group person
+            file.above.add(above)
         where = f"{file.path}, category {number}"
         if number not in file.names:
             file.names[number] = name
