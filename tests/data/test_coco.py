@@ -144,6 +144,16 @@ def test_one_class_and_classes_without_objects_are_fine(coco_set):
     assert splits.train.class_names == ("cat",) and splits.notes == []
 
 
+def test_entries_that_mean_one_picture_are_united(coco_set, things, contents):
+    coco_set.train["images"].insert(0, {"id": 99, "file_name": "B.JPG", "height": 48, "width": 64})
+    coco_set.annotation(113)["image_id"] = 99
+    train = open_splits(coco_set.write()).train
+    assert isinstance(train, BoxSource) and train.numbers == (99, 10, 24, 31)
+    assert {name: sorted(inside) for name, inside in contents(train).items()} == {
+        name: sorted(inside) for name, inside in same_as(things, "train").items()
+    }
+
+
 def test_a_class_of_its_own_name_is_no_group(coco_set):
     for data in (coco_set.train, coco_set.val):
         data["categories"].append({"id": 91, "name": "person", "supercategory": "person"})

@@ -468,10 +468,12 @@ def _source(
             gone = f"{file.path}, folder {folder}" if folder and folder not in folders else ""
             place = f"{file.path}, image {file.image_ids[i]}"
             found.problems.append(Problem("missing_file", place, what, refuses=False, root=gone))
+    once = _once(file, paths, found)
+    there &= once == np.arange(len(paths))
     moved = np.where(there, np.cumsum(there) - 1, -1)
-    picture = moved[file.picture] if len(file.picture) else file.picture
+    picture = moved[once[file.picture]] if len(file.picture) else file.picture
     kept = np.flatnonzero(picture >= 0)
-    files = [path for path in paths if path is not None]
+    files = [path for path, is_there in zip(paths, there, strict=True) if path is not None and is_there]
     declared = np.array(file.sizes, dtype=np.int64).reshape(-1, 2)[there]
     found.problems += missing_sizes(files, declared, (str(file.path),))
     position = {name: k for k, name in enumerate(class_names)}
@@ -484,7 +486,7 @@ def _source(
         elif doubts := corners(numbers, boxes, limits, str(file.path), COCO_FORM):
             boxes = as_corners(numbers, boxes)
     found.problems += doubts
-    image_ids = [number for number, path in zip(file.image_ids, paths, strict=True) if path is not None]
+    image_ids = [number for number, is_there in zip(file.image_ids, there, strict=True) if is_there]
     stated = Annotations(
         name=root.stem if split == "all" else split,
         path=file.path,
@@ -502,6 +504,17 @@ def _source(
         numbers=() if any(isinstance(n, str) for n in image_ids) else tuple(int(n) for n in image_ids),
     )
     return build(stated, found)
+
+
+def _once(file: _File, paths: list[str | None], found: Found) -> np.ndarray:
+    """The first entry of the same picture for each, int64 (N,): names may differ and mean one file."""
+    first: dict[str, int] = {}
+    for i, path in enumerate(paths):
+        if path is not None and first.setdefault(path, i) != i:
+            other = f"image {file.image_ids[first[path]]}"
+            what = f"{file.files[i]} is the picture of {other}, too; their annotations are united, correct the name"
+            found.problems.append(Problem("duplicate_image", f"{file.path}, image {file.image_ids[i]}", what, False))
+    return np.array([i if path is None else first[path] for i, path in enumerate(paths)], np.int64)
 
 
 def _folders(file: Path, root: Path) -> list[Path]:

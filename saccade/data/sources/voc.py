@@ -212,10 +212,10 @@ def _listed(file: Path, unit: _Unit, listing: Listing, found: Found) -> Iterator
             name = name.split()[0]
             xml = _xml_of(unit, name, listing)
         where = f"{file}:{number}"
-        if name in seen:
+        if (xml or name) in seen:
             found.problems.append(Problem("duplicate_image", where, f"{name} is listed twice; remove the line", False))
             continue
-        seen.add(name)
+        seen.add(xml or name)
         if xml is None:
             what = f"{name} has no XML file in {unit.xmls}; annotate it, if only to say that nothing is in it"
             found.problems.append(Problem("no_annotation", where, what, False))

@@ -250,16 +250,17 @@ def _usual_places(root: Path) -> dict[str, list[Path]]:
 def _pictures(places: list[Path], split: str, root: Path, found: Found) -> _Split:
     """Every picture of a split with the place of its text file."""
     result = _Split()
+    seen: set[str] = set()
     for place in places:
+        files = walk_pictures(place)[0] if place.is_dir() else _listed(place, root, found)
         if place.is_dir():
-            files, _ = walk_pictures(place)
-            texts = [_text_of(file) for file in files]
-            result.texts += texts
-            _orphans(set(texts), found)
-        else:
-            files = _listed(place, root, found)
-            result.texts += [_text_of(file) for file in files]
-        result.files += files
+            _orphans({_text_of(file) for file in files}, found)
+        for file in [file for file in files if file in seen]:
+            what = f"is in the {split} split twice; name each place once"
+            found.problems.append(Problem("duplicate_image", file, what, False, f"{place}, of {split} again"))
+        result.files += [file for file in files if file not in seen]
+        seen.update(files)
+    result.texts = [_text_of(file) for file in result.files]
     if not result.files:
         what = f"no pictures in the {split} split; pictures end in {', '.join(SUFFIXES)}"
         found.problems.append(Problem("no_pictures", str(places[0]), what))
