@@ -80,7 +80,7 @@ def evaluate(
     for name, value in zip(names, (beams, length_penalty, *languages), strict=True):
         if value is not None:
             raise UserError(f"--{name} {value}: is for translating, and {model} is a model of pictures")
-    source = held if isinstance(held, Source) else open_source(Path(data), split)
+    source = held if isinstance(held, Source) else open_source(Path(data), split, notes)
     if isinstance(source, BoxSource) != (loaded.task.name == "detect"):
         found = HOLDS["detect" if isinstance(source, BoxSource) else "classify"]
         raise UserError(f"{data}: holds {found}, and {model} {DOES[loaded.task.name]}; give data of its kind")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,23 @@ def test_evaluate(trained: Path, boxes: Path, run: Callable[..., Any], tmp_path:
     for file in (tmp_path / "figures").iterdir():
         assert file.name in named
     assert named.count(",") == len(list((tmp_path / "figures").iterdir())) - 1
+
+
+def test_evaluate_says_what_is_left_out_of_the_split(
+    trained: Path, boxes: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    shutil.copytree(boxes, tmp_path / "faulty")
+    for split, faulty in (("train", 0), ("val", 2)):
+        path = tmp_path / "faulty" / f"{split}.json"
+        values = json.loads(path.read_text())
+        for annotation in values["annotations"][:faulty]:
+            annotation["category_id"] = 99
+        path.write_text(json.dumps(values))
+    code, out, err = run("evaluate", trained, tmp_path / "faulty", "--json")
+    assert code == 0 and json.loads(out)["objects"] == 8
+    assert "note: " in err and "2 objects of unknown classes are left out, such as " in err and "val.json" in err
+    code, _, err = run("evaluate", trained, tmp_path / "faulty", "--split=train", "--json")
+    assert code == 0 and "left out" not in err
 
 
 def test_predict(trained: Path, boxes: Path, run: Callable[..., Any], tmp_path: Path) -> None:

@@ -285,7 +285,8 @@ class BoxSource(Source):
         return replace(self, class_names=class_names, labels=moved_labels(self.labels, self.class_names, class_names))
 
     def digest(self) -> bytes:
-        return b"".join(np.ascontiguousarray(part).tobytes() for part in (self.starts, self.boxes, self.labels))
+        parts = (self.starts, self.boxes, self.labels, self.crowd, self.area)
+        return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
 
     def strata(self) -> np.ndarray:
         """1 + the rarest class in each picture; 0 where there is nothing."""

@@ -97,6 +97,7 @@ def data_hash(splits: Splits) -> str:
     """Of the order and targets of all samples, by which a resumed run knows its data again."""
     digest = hashlib.sha256()
     for source in (splits.train, splits.val):
+        digest.update("\0".join(source.class_names).encode(errors="surrogatepass"))
         digest.update(source.digest())
         for i in range(len(source)):
             digest.update(Path(source.id(i)).name.encode(errors="surrogateescape"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from saccade.data.sources import open_splits
+from saccade.engine.plan import data_hash
 
 FLAGS = [
     "--model=glance_nano", "--image-size=64", "--steps=6", "--batch-size=4", "--checkpoint-seconds=0",
@@ -63,3 +67,19 @@ def test_killed_with_other_workers(
     ended = run("--resume", stopped, "--workers=2")
     assert ended.code == 0, ended.output
     assert killing.differences(stopped, whole) == []
+
+
+def test_other_annotations_are_other_data(squares: Path, tmp_path: Path) -> None:
+    """A class of another name, and things that are ignored now."""
+    began = data_hash(open_splits(squares))
+    for spoil in (
+        lambda values: values["categories"][0].update(name="equal"),
+        lambda values: values["annotations"][0].update(iscrowd=1),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(squares, folder)
+        values = json.loads((folder / "train.json").read_text())
+        spoil(values)
+        (folder / "train.json").write_text(json.dumps(values))
+        assert data_hash(open_splits(folder)) != began
+    assert data_hash(open_splits(squares)) == began

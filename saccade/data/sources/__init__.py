@@ -200,9 +200,20 @@ def _in_both(train: Source, held_out: Source, where: str) -> list[str]:
     return [f"{where}: {which} both learnt from and measured on, which flatters the measure, {such}"]
 
 
-def open_source(path: Place, split: str | None = None) -> Source:
-    """One split to measure on: a split's own path, or a data set's with the split's name (else its val, else test)."""
+def open_source(path: Place, split: str | None = None, notes: list[str] | None = None) -> Source:
+    """One split to measure on: a split's own path, or a data set's with the split's name (else its val, else test).
+
+    What is left out of it is added to `notes`.
+    """
     found = find(path)
+    source = _one_split(found, path, split)
+    if notes is not None:
+        others = tuple(f"{other.path}, " for other in found.splits.values() if other.path != source.path)
+        notes += boxes.drop_notes([each for each in found.problems if not each.where.startswith(others)], str(path))
+    return source
+
+
+def _one_split(found: Found, path: Place, split: str | None) -> Source:
     raise_problems([problem for problem in found.problems if problem.refuses], str(path))
     if split is None and found.task == "detect" and isinstance(path, str | Path) and Path(path).is_file():
         split = "train" if "train" in found.splits and Path(path).suffix == ".json" else None  # its siblings came along
