@@ -26,6 +26,16 @@ def versions(packages: Sequence[str] = ("torch", "torchvision", "timm", "pillow"
     return found
 
 
+def processor() -> str:
+    """Its name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 class Load:
     """How much of the processor other processes took meanwhile: a timing made on a busy machine is known as such."""
 

@@ -1,6 +1,7 @@
 """What recurrence forgets and what it waits for, measured: writes docs/why-attention.md with a table and two plots.
 
-    python -m benchmarks.why_attention
+    python -m benchmarks.why_attention --json benchmarks/results/why_attention.json
+    python -m benchmarks.why_attention --only time --json benchmarks/results/why_attention.json  # the rest is there
     python -m benchmarks.why_attention --distances 8,32 --repeated 8 --seconds 5 --lengths 32,64 --out DIR   # quickly
 
 RNN, LSTM, GRU and a Transformer with a causal mask have as many parameters (within a few percent), two layers, the same
@@ -16,16 +17,20 @@ Repeat: every symbol must be said again after `distance` others, so as many are 
 one distance; the last `SAID` places of a sequence are what is learnt and measured.
 
 Time: of a training step (forward and backward of `BATCH` sequences) and of one more token (from the state of all that
-was before it: a vector for recurrences, keys and values for the Transformer) against length. `sequential` is how many
-steps must wait for the one before, as theory has it.
+was before it: a vector for recurrences, keys and values for the Transformer) against length. `chain` is what must wait:
+the longest path through the graph by which PyTorch computes the gradients of a step, in operations.
+
+The page is written from all rows, those of this call and those of the file. Each row says how it was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +103,7 @@ class Transformer(nn.Module):
 
     def stepper(self, length: int) -> Callable[[Tensor], Tensor]:
         C = WIDTHS["Transformer"]
-        past = torch.randn(LAYERS, 2, 1, HEADS, length, C // HEADS)
+        past = torch.randn(LAYERS, 2, 1, HEADS, length + 1, C // HEADS)  # with room for the one
         assert isinstance(self.waves, Tensor)
         place = self.waves[length]
 
@@ -107,7 +112,8 @@ class Transformer(nn.Module):
             for block, (keys, values) in zip(self.blocks, past, strict=True):
                 assert isinstance(block, TransformerBlock) and isinstance(block.self_attention, MultiHeadAttention)
                 q, k, v = block.self_attention.project(block.norm1(x), None, None)
-                mixed = F.scaled_dot_product_attention(q, torch.cat((keys, k), 2), torch.cat((values, v), 2))
+                keys[:, :, -1:], values[:, :, -1:] = k, v
+                mixed = F.scaled_dot_product_attention(q, keys, values)
                 x = x + block.self_attention.out(mixed.transpose(1, 2).flatten(2))
                 x = x + block.mlp(block.norm3(x))
             return self.head(self.norm(x))
@@ -194,7 +200,7 @@ def timed(work: Callable[[], Any], seconds: float) -> float:
     return statistics.median(found)
 
 
-def cost(kind: str, length: int, seconds: float) -> dict[str, Any]:
+def cost_of_step(kind: str, length: int, seconds: float) -> dict[str, Any]:
     model = build(kind, length)
     tokens = torch.randint(0, MARK, (BATCH, length))
 
@@ -202,12 +208,34 @@ def cost(kind: str, length: int, seconds: float) -> dict[str, Any]:
         model(tokens).square().mean().backward()
         model.zero_grad(set_to_none=True)
 
-    per_step = timed(step, seconds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is off
+        with torch.backends.mkldnn.flags(enabled=False):  # in oneDNN's graph a whole recurrence is one operation
+            chain = longest_chain(model(tokens[:1]).square().mean())
+    return {"name": f"step {kind} {length}", "kind": kind, "step": length, "ms": timed(step, seconds), "chain": chain}
+
+
+def cost_of_token(kind: str, length: int, seconds: float) -> dict[str, Any]:
+    model, token = build(kind, length), torch.zeros(1, 1, dtype=torch.long)
     with torch.inference_mode():
         more = model.stepper(length)
-        token = torch.zeros(1, 1, dtype=torch.long)
         per_token = timed(lambda: more(token), seconds)
-    return {"name": f"time {kind} {length}", "kind": kind, "length": length, "step_ms": per_step, "token_ms": per_token}
+    return {"name": f"token {kind} {length}", "kind": kind, "token": length, "ms": per_token}
+
+
+def longest_chain(loss: Tensor) -> int:
+    """How many operations of its gradients' graph must follow one another."""
+    longest: dict[Any, int] = {}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting[-1]
+        before = [each for each, _ in node.next_functions if each is not None]
+        unknown = [each for each in before if each not in longest]
+        if unknown:
+            waiting += unknown
+        else:
+            longest[waiting.pop()] = 1 + max((longest[each] for each in before), default=0)
+    return longest[loss.grad_fn]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -229,15 +257,18 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             plain_numbers(axes.xaxis, sorted({row["distance"] for row in rows if row.get("asked") == asked}))
             axes.legend()
         save_figure(figure, folder / "why-attention-recall.png")
-        figure = Figure(figsize=(9.6, 3.8), layout="constrained")
-        for axes, key, title in zip(
-            figure.subplots(1, 2), ("step_ms", "token_ms"), ("A training step", "One more token"), strict=True
-        ):
+        figure = Figure(figsize=(12.6, 3.8), layout="constrained")
+        shown = (
+            ("step", "chain", "What must wait in a training step", "operations"),
+            ("step", "ms", "Time of a training step", "ms"),
+            ("token", "ms", "Time of one more token", "ms"),
+        )
+        for axes, (what, key, title, unit) in zip(figure.subplots(1, 3), shown, strict=True):
             for kind, colour in COLOURS.items():
-                own = sorted((row["length"], row[key]) for row in rows if row.get("kind") == kind and "length" in row)
+                own = sorted((row[what], row[key]) for row in rows if row.get("kind") == kind and what in row)
                 axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=kind)
-            axes.set(xscale="log", yscale="log", xlabel="length", ylabel="ms", title=title)
-            plain_numbers(axes.xaxis, sorted({row["length"] for row in rows if "length" in row}))
+            axes.set(xscale="log", yscale="log", xlabel="length", ylabel=unit, title=title)
+            plain_numbers(axes.xaxis, sorted({row[what] for row in rows if what in row}))
             plain_numbers(axes.yaxis)
         figure.axes[0].legend()
         save_figure(figure, folder / "why-attention-time.png")
@@ -253,11 +284,19 @@ def exponent(points: Sequence[tuple[int, float]]) -> float:
     return slope
 
 
-def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
+def how(rows: Sequence[dict[str, Any]], part: str) -> str:
+    """How the rows of a part were measured."""
+    found = {
+        f"{counted(row['threads'], 'thread')}, {row['machine']}, torch {row['torch']}" for row in rows if part in row
+    }
+    busy = [row["others_cores"] for row in rows if part in row]
+    return f"{'; '.join(sorted(found))}; other programs kept {max(busy):.1f} cores busy meanwhile"
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
     distances = {
         asked: sorted({row["distance"] for row in rows if row.get("asked") == asked}) for asked in ("keep", "repeat")
     }
-    lengths = sorted({row["length"] for row in rows if "length" in row})
     at = {row["name"]: row for row in rows}
     sizes = ", ".join(f"{kind} {count(kind) / 1000:.1f} k" for kind in WIDTHS)
 
@@ -275,34 +314,45 @@ def page(rows: Sequence[dict[str, Any]], facts: str) -> str:
         own = [at[f"repeat {kind} {distance}"] for distance in distances["repeat"]]
         repeated.append(line(kind, [f"{100 * row['accuracy']:.0f} ({row['steps']:,})" for row in own]))
     tables = []
-    for key, title in (("step_ms", "A training step, ms"), ("token_ms", "One more token, ms")):
-        own = []
+    for part, key, form, title in (
+        ("step", "chain", ",d", "Operations of a training step that must follow one another, counted"),
+        ("step", "ms", ",.1f", f"A training step of {BATCH} sequences, ms"),
+        ("token", "ms", ".2f", "One more token, ms"),
+    ):
+        own, lengths = [], sorted({row[part] for row in rows if part in row})
         for kind in WIDTHS:
-            times = [(length, at[f"time {kind} {length}"][key]) for length in lengths]
-            own.append(line(kind, [*(f"{value:.2f}" for _, value in times), f"{exponent(times):.2f}"]))
-        tables += [f"\n{title} (the last column is the exponent of the length, over the longer half)\n",
-                   *head("", [*lengths, "exponent"]), *own]  # fmt: skip
+            times = [(length, at[f"{part} {kind} {length}"][key]) for length in lengths]
+            own.append(line(kind, [*(format(value, form) for _, value in times), f"{exponent(times):.2f}"]))
+        tables += [f"\n**{title}** (the last column is the exponent of the length, over the longer half)\n",
+                   *head("", [f"{length:,}" for length in lengths] + ["exponent"]), *own]  # fmt: skip
     theory = [line(kind, [SEQUENTIAL[kind], PATH[kind]]) for kind in WIDTHS]
+    shortest = distances["keep"][0]
+    unlearnt = [kind for kind in WIDTHS if at[f"keep {kind} {shortest}"]["accuracy"] < 0.5]
+    (seconds,) = {row["seconds"] for row in rows if "asked" in row}
     return "\n".join([
         "# Why attention\n",
-        "Written by `python -m benchmarks.why_attention`; every figure is measured by it. " + facts + "\n",
-        f"Parameters: {sizes}.\n",
+        "Written by `python -m benchmarks.why_attention`, from the rows in `benchmarks/results/why_attention.json`, "
+        f"which it measured. Parameters: {sizes}.\n",
         "## What recurrence forgets\n",
         f"**One symbol kept.** One of {SYMBOLS} symbols is shown first and must be said again after so many others, "
         f"percent of {TESTED} sequences; guessing gives {100 / SYMBOLS:.0f}. Each model had the same time, learnt all "
-        "distances (short ones first) and used the best of three learning rates.\n",
+        f"distances (short ones first) and used the best of three learning rates: {seconds:g} s of training with "
+        f"{how(rows, 'asked')}.\n",
         *head("distance", [*distances["keep"], "steps in this time", "learning rate"]), *kept,
+        *([f"\nWhat is wrong at {shortest} symbols already was not learnt in this time, so that row says nothing of "
+           f"forgetting: {', '.join(unlearnt)}."] if unlearnt else []),
         "\n**Every symbol repeated.** Each symbol of a stream must be said again after so many others, so as many must "
         "be known at any time. A state has the same size however much there is to know; keys and values grow with it. "
         "Percent recalled, and in brackets the steps that the time allowed for this distance.\n",
         *head("distance", distances["repeat"]), *repeated,
         "\n![Recalled against the distance](images/why-attention-recall.png)\n",
         "## What has to wait\n",
-        "In a recurrence each place waits for the one before, so a step takes as long as the sequence however many "
-        "processors there are, and what is remembered must survive every place between. Attention computes all places "
-        "at once and reaches each from each in one step; its price is the square of the length in training, and in "
-        "translating a cost for each token that grows with what was said before.\n",
-        *head("", ["steps that wait", "longest path"]), *theory,
+        "In a recurrence each place waits for the one before, so however many processors there are, a step takes as "
+        "long as the sequence, and what is remembered must survive every place between. Attention computes all places "
+        "at once and reaches each from each in one step. Its price is the square of the length in training, which a "
+        "few processors feel before they feel any waiting, and for each token that is written a cost that grows with "
+        f"what was written before. Measured with {how(rows, 'step')}.\n",
+        *head("in theory", ["steps that wait", "longest path"]), *theory,
         *tables,
         "\n![Time against the length](images/why-attention-time.png)\n",
     ])  # fmt: skip
@@ -322,12 +372,36 @@ def main() -> None:
     parser.add_argument(
         "--repeated", type=numbers, default=[8, 32, 128, 512], help="distances at which all is repeated"
     )
-    parser.add_argument("--lengths", type=numbers, default=[32, 128, 512, 2048])
+    parser.add_argument("--lengths", type=numbers, default=[32, 128, 512, 2048], help="of sequences in training")
+    parser.add_argument("--before", type=numbers, default=[32, 512, 8192, 32768], help="tokens before the one more")
     parser.add_argument("--seconds", type=float, default=30.0, help="of training for each model")
     parser.add_argument("--timing-seconds", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--only", choices=("recall", "time"), help="measure this alone; the other is in --json")
     parser.add_argument("--json", type=Path, help="all figures, merged by name")
     options = parser.parse_args()
+    if options.only and options.json is None:
+        parser.error("--only: the page needs the rest, from --json FILE")
+    rows = [] if options.only == "time" else recalled(options)
+    rows += [] if options.only == "recall" else timings(options)
+    if options.json is not None:
+        rows = list(report.merge(options.json, rows).values())
+    (options.out / "images").mkdir(parents=True, exist_ok=True)
+    draw(rows, options.out / "images")
+    (options.out / "why-attention.md").write_text(page(rows), encoding="utf-8")
+    print(f"written: {options.out / 'why-attention.md'}")
+
+
+def circumstances(load: report.Load) -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "machine": f"{report.processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "others_cores": round(load.others(), 2),
+    }
+
+
+def recalled(options: argparse.Namespace) -> list[dict[str, Any]]:
     load, rows = report.Load(), []
     for kind in WIDTHS:
         for asked, sets in ((keep, [options.distances]), (repeat, [[d] for d in options.repeated])):
@@ -336,21 +410,17 @@ def main() -> None:
                 shown = ", ".join(f"{100 * row['accuracy']:.0f} % at {row['distance']}" for row in own)
                 print(f"{asked.__name__} {kind}: {shown} after {own[0]['steps']} steps", flush=True)
                 rows += own
-    for length in options.lengths:
-        for kind in WIDTHS:
-            rows.append(cost(kind, length, options.timing_seconds))
-            found = f"{rows[-1]['step_ms']:.2f} ms a step, {rows[-1]['token_ms']:.3f} a token"
-            print(f"{rows[-1]['name']}: {found}", flush=True)
-    facts = (
-        f"{options.seconds:g} s of training each, {counted(torch.get_num_threads(), 'thread')}, "
-        f"torch {torch.__version__}; other programs kept {load.others():.1f} cores busy meanwhile."
-    )
-    (options.out / "images").mkdir(parents=True, exist_ok=True)
-    draw(rows, options.out / "images")
-    (options.out / "why-attention.md").write_text(page(rows, facts), encoding="utf-8")
-    if options.json is not None:
-        report.merge(options.json, rows)
-    print(f"written: {options.out / 'why-attention.md'}")
+    return [{**row, **circumstances(load)} for row in rows]
+
+
+def timings(options: argparse.Namespace) -> list[dict[str, Any]]:
+    load, rows = report.Load(), []
+    for measure, lengths in ((cost_of_step, options.lengths), (cost_of_token, options.before)):
+        for length in lengths:
+            for kind in WIDTHS:
+                rows.append(measure(kind, length, options.timing_seconds))
+                print(f"{rows[-1]['name']}: {rows[-1]['ms']:.3f} ms", flush=True)
+    return [{**row, **circumstances(load)} for row in rows]
 
 
 if __name__ == "__main__":
