@@ -98,6 +98,10 @@ def test_train_says_what_it_kept(boxes: Path, trained: Path, run: Callable[..., 
 def test_what_is_not_for_boxes_is_refused(boxes: Path, run: Callable[..., Any]) -> None:
     code, _, err = run("train", boxes, *TINY, "--steps=1", "--augment.cutmix=1", "--out=bad")
     assert code == 2 and "augment.cutmix" in err
+    unfit = {"--loss.label-smoothing=0.1": "leave it out", "--augment.crop-scale=0.5,1": "--augment.zoom"}
+    for flag, remedy in unfit.items():
+        code, _, err = run("train", boxes, *TINY, "--steps=1", flag, "--out=bad")
+        assert code == 2 and flag.split("=")[0] in err and remedy in err
     code, _, err = run("train", boxes, *TINY, "--steps=1", "--augment.zoom=0,1")
     assert code == 2 and "augment.zoom" in err
 

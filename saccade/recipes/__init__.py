@@ -69,7 +69,12 @@ def resolve(changes: Mapping[str, Any]) -> RunConfig:
         row = loaded.row
         start = {"model": loaded.card.model, "preprocessing": loaded.card.preprocessing.model_dump(mode="json")}
     summary = summarise(asked)
-    refuse_settings(changes, ("text", "decoding"), "texts", f"{asked.data} holds {HOLDS[summary.task]}")
+    holds = f"{asked.data} holds {HOLDS[summary.task]}"
+    refuse_settings(changes, ("text", "decoding"), "texts", holds)
+    if summary.task == "detect":
+        refuse_settings(changes, ("loss",), "classes and texts", holds)
+        if "crop_scale" in changes.get("augment", {}):
+            raise UserError(f"--augment.crop-scale: is for classes, and {holds}; use --augment.zoom, or leave it out")
     name = choose_recipe(asked, summary)
     if row is not None and task_of(row) != summary.task:
         start = {"preprocessing": {k: v for k, v in start["preprocessing"].items() if k in ("mean", "std")}}

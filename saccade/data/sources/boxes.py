@@ -297,7 +297,7 @@ def _two_classes(source: BoxSource, problems: list[Problem]) -> None:
 def _crowds(source: BoxSource, problems: list[Problem]) -> None:
     objects = np.bincount(source.pictures()[~source.crowd], minlength=len(source))
     for i in np.flatnonzero((np.diff(source.starts) > 0) & (objects == 0)).tolist():
-        what = f"{Path(source.files[i]).name} has nothing but regions to ignore (crowds); nothing is learnt from it"
+        what = f"{Path(source.files[i]).name} has nothing but regions to ignore (crowds); it is learnt as empty"
         problems.append(Problem("crowd_only", source.place(i, int(source.starts[i])), what, refuses=False))
 
 
