@@ -183,7 +183,9 @@ def _visible(source: BoxSource, problems: list[Problem], chosen: Collection[int]
     """Drops boxes of less than a pixel; of the `chosen` pictures alone, where some are."""
     pictures = source.pictures()
     side = np.sort(source.boxes[:, 2:] - source.boxes[:, :2], axis=1)
-    small = (side < LEAST).any(axis=1) & (chosen is None or np.isin(pictures, list(chosen)))
+    small: np.ndarray = np.any(side < LEAST, axis=1)
+    if chosen is not None:
+        small = small & np.isin(pictures, list(chosen))
     root = f"{source.path}, all boxes" if small.all() and len(small) > 1 else ""
     for k in np.flatnonzero(small).tolist():
         i = int(pictures[k])

@@ -38,8 +38,8 @@ def corners(numbers: np.ndarray, boxes: np.ndarray, limits: np.ndarray, where: s
     numbers, boxes, limits = numbers[usable], boxes[usable], limits[usable]
     if len(boxes) < MANY:
         return []
-    leaves = overhang(boxes, limits) > ROUNDING
-    fits = (numbers[:, 2:] > numbers[:, :2]).all(axis=1) & (overhang(numbers, limits) <= ROUNDING)
+    leaves: np.ndarray = np.greater(overhang(boxes, limits), ROUNDING)
+    fits: np.ndarray = np.all(numbers[:, 2:] > numbers[:, :2], axis=1) & (overhang(numbers, limits) <= ROUNDING)
     if leaves.mean() < LEAVE or fits.mean() < NEARLY_ALL:
         return []
     none = "none" if fits.all() else f"only {(~fits).sum()}"
@@ -53,7 +53,7 @@ def corners(numbers: np.ndarray, boxes: np.ndarray, limits: np.ndarray, where: s
 def as_corners(numbers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """The `numbers` (M, 4) where they can be corners, else `boxes`."""
     with np.errstate(invalid="ignore"):
-        ordered = (numbers[:, 2:] > numbers[:, :2]).all(axis=1)
+        ordered: np.ndarray = np.all(numbers[:, 2:] > numbers[:, :2], axis=1)
     return np.where(ordered[:, None], numbers, boxes)
 
 
@@ -66,4 +66,5 @@ def overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _with_area(boxes: np.ndarray) -> np.ndarray:
     """Boxes (M, 4) that are finite and have an area: a click tells nothing of what the numbers mean."""
     with np.errstate(invalid="ignore"):
-        return np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        ordered: np.ndarray = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+        return np.all(np.isfinite(boxes), axis=1) & ordered
