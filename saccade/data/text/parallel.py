@@ -16,6 +16,7 @@ import numpy as np
 
 from saccade.config import closest
 from saccade.data.source import SPLIT_NAMES, Problem, raise_problems
+from saccade.data.text.lines import different_lengths, quoted, read_lines
 from saccade.errors import UserError
 from saccade.words import counted
 
@@ -29,10 +30,11 @@ FILE_TYPES = {
 }  # fmt: skip
 # columns that say which is which
 SIDES = (("source", "target"), ("src", "tgt"), ("src", "trg"), ("text", "translation"))
-OF_PICTURES = {"path", "file", "file_name", "image", "label"}  # columns of tables of another kind
+# columns of tables of another kind
+OF_PICTURES = {"path", "file", "file_name", "filename", "filepath", "image", "image_path", "img", "label"}
+LOOKED_AT = 10  # lines of a table that say whether it is one of texts
 HALVES = re.compile("[\ud800-\udfff]")
 Asked = tuple[str | None, str | None]  # languages: from, into
-SHOWN = 60  # characters of a line that messages quote
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,9 @@ class TextSplits:
 def holds_text(path: Path) -> bool:
     """Is this parallel text, by its names alone?"""
     if path.is_file():
-        return _stem(path)[1] in SUFFIXES and _is_text_table(path)
-    return path.is_dir() and bool(_parallel(path) or _tables(path))
+        of_texts = _stem(path)[1] in SUFFIXES and _is_text_table(path)
+        return bool(of_texts) or (of_texts is None and _stem(path)[1] == ".tsv")
+    return path.is_dir() and bool(_parallel(path) or any(_is_text_table(file) for file in _table_files(path)))
 
 
 def find_pairs(
@@ -119,6 +122,8 @@ def find_pairs(
     elif tables:
         for name, file in tables:
             _find_table(name, file, (source, target), usual, found)
+        if path.is_dir():
+            _refuse_other_table(path, [name for name, _ in tables], found)
     else:
         kinds = "NAME.en and NAME.de (also .gz), .tsv or .jsonl"
         raise UserError(f"{path}: holds no parallel text ({kinds})")
@@ -189,7 +194,7 @@ def open_pairs(
 def read_texts(path: str | Path) -> list[str]:
     """The lines of a file, plain or .gz."""
     problems: list[Problem] = []
-    lines = _read_lines(Path(path), problems)
+    lines = read_lines(Path(path), problems)
     raise_problems(problems, str(path))
     return lines or []
 
@@ -262,11 +267,11 @@ def _find_parallel(
             found.problems.append(Problem("one_sided", str(there), what))
             continue
         name = _split_name(stem) or stem
-        sides = [_read_lines(files[language], found.problems) for language in (of, into)]
+        sides = [read_lines(files[language], found.problems) for language in (of, into)]
         if sides[0] is None or sides[1] is None:
             continue
         if len(sides[0]) != len(sides[1]):
-            found.problems.append(_different_lengths(files[of], files[into], sides[0], sides[1]))
+            found.problems.append(different_lengths(files[of], files[into], sides[0], sides[1]))
             continue
         places = str(files[of]), str(files[into])
         lines = np.arange(1, len(sides[0]) + 1)
@@ -309,94 +314,65 @@ def _direction(where: str, languages: list[str], asked: Asked, usual: tuple[str,
     return (second, first, "from English") if second == "en" else (first, second, "the first of both")
 
 
-def _read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
-    """The lines of a file; None, and a problem more, where it cannot be read as text."""
-    if path.is_dir():
-        problems.append(Problem("unreadable", str(path), "is a folder; give a file with a text in each line"))
-        return None
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except FileNotFoundError:
-        problems.append(Problem("unreadable", str(path), "does not exist; check the spelling"))
-        return None
-    except (OSError, EOFError, zlib.error) as error:
-        what = f"cannot be read ({getattr(error, 'strerror', None) or error}); get or copy it anew"
-        problems.append(Problem("unreadable", str(path), what))
-        return None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        byte = f"0x{data[error.start]:02x}"
-        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        what = f"not UTF-8 (byte {byte}); convert it, as in `iconv -f {'utf-16' if wide else 'latin1'} -t utf-8`"
-        problems.append(Problem("encoding", f"{path}:{number}", what))
-        return None
-    lines = text.split("\n")  # not splitlines: it also splits at separators that texts may hold
-    if lines and not lines[-1].strip():
-        lines.pop()
-    return [line.rstrip("\r") for line in lines]
-
-
-def _different_lengths(one: Path, other: Path, a: list[str], b: list[str]) -> Problem:
-    """Says where the two part. Translations have lengths of a steady ratio; after a missing line they have not."""
-    shorter, more = (other, len(a) - len(b)) if len(a) > len(b) else (one, len(b) - len(a))
-    where = parting(a, b)
-    longer = one if shorter == other else other
-    lacks = f"{shorter.name} has {more} line{'s' if more > 1 else ''} fewer than {longer.name}"
-    if where >= min(len(a), len(b)):
-        what = f"{lacks} ({len(a)} and {len(b)}); the lengths agree to the end of the shorter one, so it may be cut off"
-    else:
-        what = (
-            f"{lacks} ({len(a)} and {len(b)}); judged by the lengths of lines they part near line {where + 1}, where "
-            f"what is missing belongs: {_quoted(a[where])} beside {_quoted(b[where])}"
-        )
-    return Problem("different_lengths", f"{one}, {other}", what)
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")
-
-
-def parting(a: Sequence[str], b: Sequence[str]) -> int:
-    """The line (from 0) from which on the shorter list fits better when it is moved by what it lacks."""
-    if len(a) > len(b):
-        a, b = b, a
-    N, moved = len(a), len(b) - len(a)
-    sizes = [np.log([len(text) + 4.0 for text in side]) for side in (a, b)]
-    usual = float(np.median(sizes[0]) - np.median(sizes[1][:N])) if N else 0.0
-    apart = [np.abs(sizes[0] - sizes[1][shift : N + shift] - usual) for shift in (0, moved)]
-    before = np.concatenate([[0.0], np.cumsum(apart[0])])  # cost of lines before k as they stand
-    after = np.concatenate([np.cumsum(apart[1][::-1])[::-1], [0.0]])  # and of the others, moved
-    return int(np.argmin(before + after))
-
-
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+def _table_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and _stem(path)[1] in SUFFIXES]
+
+
 def _tables(folder: Path) -> list[tuple[str, Path]]:
-    """Splits and tables of text; tables of pictures have other columns."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and _stem(path)[1] in SUFFIXES]
-    return [(_split_name(_stem(path)[0]) or _stem(path)[0], path) for path in files if _is_text_table(path)]
+    """Splits and tables of text; tables of pictures have other columns.
+
+    One that does not show what it is may be a faulty one: beside others, or where it is called as a split is.
+    """
+    files = {path: _is_text_table(path) for path in _table_files(folder)}
+    beside = any(files.values())
+    named = [(_split_name(_stem(path)[0]), path) for path, sure in files.items() if sure is not False]
+    return [(name or _stem(path)[0], path) for name, path in named if files[path] or beside or name]
 
 
-def _is_text_table(path: Path) -> bool:
+def _refuse_other_table(folder: Path, splits: list[str], found: FoundPairs) -> None:
+    """What is called train and is none of texts: nobody would want the others to be learnt from in its place."""
+    others = [path for path in _table_files(folder) if _split_name(_stem(path)[0]) == "train"]
+    if others and "train" not in splits:
+        what = f"is no table of texts: it has one of the columns {', '.join(sorted(OF_PICTURES))}; rename that, or it"
+        found.problems.append(Problem("columns", str(others[0]), what))
+
+
+def _is_text_table(path: Path) -> bool | None:
+    """As its first lines say, some of which may be faulty; None where none of them says it."""
+    lines = _first_lines(path)
+    if _stem(path)[1] == ".tsv":
+        cells = [line.split("\t") for line in lines]
+        if cells and {cell.strip().lower() for cell in cells[0]} & OF_PICTURES:
+            return False
+        return True if any(len(row) > 1 for row in cells) else None
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    rows = [row for row in rows if isinstance(row, dict)]
+    if any({*row} & OF_PICTURES for row in rows):
+        return False
+    return True if any(len(_texts(row)) > 1 for row in rows) else None
+
+
+def _first_lines(path: Path) -> list[str]:
+    """Of those that are not blank; of what is no UTF-8, so much as can be read."""
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    head, count = b"", 0
     try:
         with opener(path, "rb") as file:
-            first = file.readline(1_000_000).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
-        return False
-    if _stem(path)[1] == ".tsv":
-        cells = first.rstrip("\r\n").split("\t")
-        return len(cells) >= 2 and not {cell.lower() for cell in cells} & OF_PICTURES
-    try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and len(_texts(row)) >= 2 and not {*row} & OF_PICTURES
+            while count < LOOKED_AT and len(head) < 2_000_000 and (line := file.readline(1_000_000)):
+                head += line
+                count += bool(line.strip())
+    except (OSError, EOFError, zlib.error):
+        pass
+    text = head.decode("utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace")
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:
@@ -407,7 +383,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | None, found: FoundPairs) -> None:
-    lines = _read_lines(path, found.problems)
+    lines = read_lines(path, found.problems)
     if lines is None:
         return
     if not lines:
@@ -416,10 +392,12 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
     rows: list[tuple[int, dict[str, str]]] = []
     faulty: list[Problem] = []
     if _stem(path)[1] == ".tsv":
-        header = [cell.strip() for cell in lines[0].split("\t")]
+        first = next((i for i, line in enumerate(lines) if line.strip()), 0)
+        header = [cell.strip() for cell in lines[first].split("\t")]
         named = _names_columns(header)
         names = header if named else ["source", "target"]
-        for number, line in enumerate(lines[1:] if named else lines, 2 if named else 1):
+        start = first + 1 if named else 0
+        for number, line in enumerate(lines[start:], start + 1):
             cells = line.split("\t")
             if not line.strip():
                 rows.append((number, dict.fromkeys(names, "")))
@@ -480,7 +458,7 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
 def _names_columns(cells: Sequence[str]) -> bool:
     """Is a table's first line its header? Of more than two columns, two with languages that many have are enough."""
     languages = all(LANGUAGE.fullmatch(cell) for cell in cells) or len({*cells} & USUAL) > 1
-    return len({*cells}) == len(cells) and (languages or _sides(cells) is not None)
+    return len({*cells}) == len(cells) > 1 and (languages or _sides(cells) is not None)
 
 
 def _sides(columns: Sequence[str]) -> tuple[str, str] | None:
@@ -524,7 +502,7 @@ def _add(
         are = "is" if len(halves) == 1 else "are"
         found.notes.append(f"{counted(len(halves), 'pair')} with an empty side {are} left out ({shown})")
     for place, lacks, there in halves:
-        what = f"no text in {lacks} beside {_quoted(there)}; translate it, or remove both"
+        what = f"no text in {lacks} beside {quoted(there)}; translate it, or remove both"
         found.problems.append(Problem("empty_side", place, what, refuses=False))
     if blank:
         are = "is" if blank == 1 else "are"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saccade.data.text.parallel import find_pairs, holds_text, open_pairs, open_text_splits, parting
+from saccade.data.text.lines import parting
+from saccade.data.text.parallel import find_pairs, holds_text, open_pairs, open_text_splits
 from saccade.errors import UserError
 
 WORDS = ["the", "dog", "runs", "over", "a", "green", "field", "and", "two", "men", "look", "at", "him", "from", "their"]
@@ -257,3 +258,61 @@ def test_a_split_that_is_there_twice(names: tuple[str, str], tmp_path: Path) -> 
 def test_a_table_that_is_nested_without_end(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("[" * 100_000 + "\n")
     assert not holds_text(tmp_path)
+
+
+GOOD = [json.dumps({"en": f"A dog {i}", "de": f"Ein Hund {i}"}) for i in range(20)]
+ROWS = [f"A dog {i}\tEin Hund {i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["val", "alone"])
+@pytest.mark.parametrize(
+    ("name", "first", "message"),
+    [
+        ("train.jsonl", b'{"en": "A dog", "de": null}', "train.jsonl:1: has no text in 'de'"),
+        ("train.jsonl", b'{"en": "A dog", "de"', "train.jsonl:1: not valid JSON"),
+        ("train.jsonl", b'{"en": "sch\xf6n", "de": "a"}', "train.jsonl:1: not UTF-8"),
+        ("train.tsv", b"sch\xf6n\tbeautiful", "train.tsv:1: not UTF-8"),
+        ("train.tsv", b"no tab", "train.tsv:1: 1 column where 2"),
+        ("corpus.tsv", b"no tab", "corpus.tsv:1: 1 column where 2"),
+    ],
+)
+def test_a_table_is_known_whatever_its_first_line(
+    name: str, first: bytes, message: str, beside: bool, tmp_path: Path
+) -> None:
+    """Else it would be passed over in silence, and what it is to be measured on would be learnt from."""
+    rows = ROWS if name.endswith("tsv") else GOOD
+    (tmp_path / name).write_bytes(first + b"\n" + "".join(f"{row}\n" for row in rows).encode())
+    if beside:
+        write(tmp_path / f"val{Path(name).suffix}", rows[:5])
+    assert holds_text(tmp_path) and holds_text(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        open_text_splits(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_text_splits(tmp_path / name)
+
+
+def test_a_table_of_which_nothing_can_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ["{"] * 20)
+    write(tmp_path / "val.jsonl", GOOD[:5])
+    with pytest.raises(UserError, match="train.jsonl:1: not valid JSON"):
+        open_text_splits(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes("\n".join(GOOD).encode("utf-16"))
+    with pytest.raises(UserError, match="train.jsonl:1: not UTF-8.*utf-16"):
+        open_text_splits(tmp_path)
+    write(tmp_path / "train.jsonl", ['{"path": "a.jpg", "label": "cat"}'])
+    with pytest.raises(UserError, match="train.jsonl: is no table of texts.*rename"):
+        open_text_splits(tmp_path)
+
+
+def test_blank_lines_in_front_of_a_header(tmp_path: Path) -> None:
+    pairs = find_pairs(write(tmp_path / "train.tsv", ["", " ", "de\ten", *ROWS])).splits["train"]
+    assert pairs.languages == ("en", "de") and len(pairs) == 20 and pairs.id(0).endswith(":4")
+    write(tmp_path / "val.tsv", ["de\ten", *ROWS[:5]])
+    assert len(open_text_splits(tmp_path).train) == 20
+    write(tmp_path / "train.jsonl", ["", *GOOD])
+    assert holds_text(tmp_path / "train.jsonl") and len(find_pairs(tmp_path / "train.jsonl").splits["train"]) == 20
+
+
+def test_tables_of_pictures_by_the_names_of_their_columns(tmp_path: Path) -> None:
+    assert not holds_text(write(tmp_path / "a.tsv", ["filename\tclass", "a.jpg\tcat"]))
+    assert not holds_text(write(tmp_path / "a.jsonl", ['{"image_path": "a.jpg", "class": "cat"}']))
