@@ -266,10 +266,10 @@ def test_what_is_cut_is_said(model: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_only_split_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "test.en", ENGLISH)
-    write(tmp_path / "test.de", GERMAN)
+    write(tmp_path / "corpus.en", ENGLISH)
+    write(tmp_path / "corpus.de", GERMAN)
     data = TextData(config_of(tmp_path), World(), torch.device("cpu"), None)
-    assert any("its only split, test, is learnt from" in note for note in data.notes)
+    assert any("its only split, corpus, is learnt from" in note for note in data.notes)
 
 
 def test_one_language_for_both(tmp_path: Path) -> None:

@@ -119,12 +119,18 @@ def find_pairs(
         parallel, tables = _parallel(path), _tables(path)
     if parallel:
         _find_parallel(path, parallel, (source, target), usual, found)
-    elif tables:
+        usual = next((pairs.languages for pairs in found.splits.values()), usual)
+        others = [file for name, file in tables if name != "val" and not name.startswith(("train", "test"))]
+        if others:
+            what = "beside parallel files, tables are read where they are called train, val or test"
+            found.notes.append(f"{', '.join(map(str, others))}: left out; {what}")
+        tables = [(name, file) for name, file in tables if file not in others]
+    if tables:
         for name, file in tables:
             _find_table(name, file, (source, target), usual, found)
         if path.is_dir():
-            _refuse_other_table(path, [name for name, _ in tables], found)
-    else:
+            _refuse_other_table(path, [*found.splits, *(name for name, _ in tables)], found)
+    elif not parallel:
         kinds = "NAME.en and NAME.de (also .gz), .tsv or .jsonl"
         raise UserError(f"{path}: holds no parallel text ({kinds})")
     languages = {pairs.languages for pairs in found.splits.values()}
@@ -153,6 +159,9 @@ def open_text_splits(
     train = found.splits.get("train") or found.splits.get("all")
     if train is None and len(found.splits) == 1:
         train = next(iter(found.splits.values()))
+        if path.is_dir() and (train.name.startswith("test") or train.name == "val"):
+            itself = f", or give {train.path} itself" if train.path.is_file() else ""
+            raise UserError(f"{path}: its only split is {train.name}; to learn from it, rename it to train.*{itself}")
         notes.append(f"{path}: its only split, {train.name}, is learnt from")
     if train is None:
         raise UserError(f"{path}: no train split among {', '.join(found.splits)}; rename one to train.*")
@@ -270,12 +279,22 @@ def _find_parallel(
         sides = [read_lines(files[language], found.problems) for language in (of, into)]
         if sides[0] is None or sides[1] is None:
             continue
+        for language, side in zip((of, into), sides, strict=True):
+            _refuse_other_twin(files[language], side, found)
         if len(sides[0]) != len(sides[1]):
             found.problems.append(different_lengths(files[of], files[into], sides[0], sides[1]))
             continue
         places = str(files[of]), str(files[into])
         lines = np.arange(1, len(sides[0]) + 1)
         _add(name, folder, (of, into), sides[0], sides[1], places, lines, found)
+
+
+def _refuse_other_twin(file: Path, lines: list[str], found: FoundPairs) -> None:
+    """The same file, packed: one of both is an older state where they differ, and nobody knows which."""
+    packed = file.with_name(f"{file.name}.gz")
+    if packed.is_file() and read_lines(packed, found.problems) not in (None, lines):
+        what = f"is another text than {packed.name} beside it; rename or remove one of them"
+        found.problems.append(Problem("split_twice", str(file), what))
 
 
 def _beside(file: Path) -> str:
@@ -432,13 +451,15 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
     if len(columns) < 2:
         found.problems += faulty or [Problem("one_sided", str(path), "only one side; two columns of text are needed")]
         return
-    sides = _sides(columns)
-    if asked == (None, None) and sides is not None:
+    sides, wanted = _sides(columns), {*asked} - {None}
+    if sides is not None and not wanted & {*columns}:  # which say themselves which is which, but not the languages
         of, into, why = *sides, ""
+        languages = _told(path, sides, asked, usual, found)
     else:
-        languages = [column for column in columns if LANGUAGE.fullmatch(column) or column in asked]
-        pool = languages if len(languages) > 1 else columns  # beside them there may be numbers, notes, sources
-        of, into, why = _direction(str(path.parent / _stem(path)[0]), pool, asked, usual)
+        named = [column for column in columns if LANGUAGE.fullmatch(column) or column in asked]
+        pool = named if len(named) > 1 else columns  # beside them there may be numbers, notes, sources
+        of, into, why = _direction(str(path), pool, asked, usual)
+        languages = of, into
     if why and not any(str(path.parent) in note for note in found.notes):
         found.notes.append(f"{path.parent}: {of} is translated into {into} ({why}; --text.source says otherwise)")
     kept = []
@@ -452,7 +473,29 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
     if not faulty:
         numbers = np.array([number for number, _, _ in kept], dtype=np.int64)
         a, b = [one for _, one, _ in kept], [other for _, _, other in kept]
-        _add(name, path, (of, into), a, b, (str(path), str(path)), numbers, found)
+        _add(name, path, languages, a, b, (str(path), str(path)), numbers, found)
+
+
+def _told(
+    path: Path, sides: tuple[str, str], asked: Asked, usual: tuple[str, str] | None, found: FoundPairs
+) -> tuple[str, str]:
+    """The languages of columns whose names do not say them."""
+    source, target = asked
+    if source is not None and target is not None:
+        told = source, target
+    elif usual is not None and source in (None, usual[0]) and target in (None, usual[1]):
+        told = usual
+    elif source is None and target is None:
+        return sides
+    else:
+        raise UserError(
+            f"{path}: no text in {source or target!r}; there is {' and '.join(sides)}, which name no languages; give "
+            "--text.source and --text.target, of the first and the second, or a first line such as en and de"
+        )
+    if told != sides:
+        what = f"its columns name no languages; {told[0]} is taken for the first, {told[1]} for the second"
+        found.notes.append(f"{path}: {what}")
+    return told
 
 
 def _names_columns(cells: Sequence[str]) -> bool:

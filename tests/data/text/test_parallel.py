@@ -316,3 +316,57 @@ def test_blank_lines_in_front_of_a_header(tmp_path: Path) -> None:
 def test_tables_of_pictures_by_the_names_of_their_columns(tmp_path: Path) -> None:
     assert not holds_text(write(tmp_path / "a.tsv", ["filename\tclass", "a.jpg\tcat"]))
     assert not holds_text(write(tmp_path / "a.jsonl", ['{"image_path": "a.jpg", "class": "cat"}']))
+
+
+@pytest.mark.parametrize("name", ["test", "dev", "test_2016"])
+def test_what_is_to_be_measured_on_is_not_learnt_from(name: str, tmp_path: Path) -> None:
+    """Unless the file itself is given."""
+    file = write(tmp_path / "table" / f"{name}.tsv", ["en\tde", *ROWS])
+    with pytest.raises(UserError, match=r"its only split is (test|val).*rename it to train.*, or give .*\.tsv itself"):
+        open_text_splits(tmp_path / "table")
+    splits = open_text_splits(file)
+    assert (len(splits.train), len(splits.val)) == (16, 4)
+    for side in ("en", "de"):
+        write(tmp_path / "files" / f"{name}.{side}", text(20))
+    with pytest.raises(UserError, match=r"its only split is (test|val).*rename it to train\.\*$"):
+        open_text_splits(tmp_path / "files")
+
+
+def test_tables_beside_parallel_files_are_read(tmp_path: Path) -> None:
+    lines = text(20)
+    for side in ("en", "de"):
+        write(tmp_path / f"train.{side}", lines)
+    write(tmp_path / "val.tsv", ROWS[:5])
+    write(tmp_path / "translations.tsv", ["source\ttranslation\treference", "a\tb\tc"])
+    splits = open_text_splits(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (20, 5) and splits.val.languages == ("en", "de")
+    assert any("translations.tsv: left out" in note for note in splits.notes)
+    assert open_text_splits(tmp_path, source="en").val.languages == ("en", "de")
+    write(tmp_path / "train.jsonl", GOOD)
+    with pytest.raises(UserError, match="train.jsonl: is the split 'train', as .*train.en is"):
+        open_text_splits(tmp_path)
+
+
+def test_a_packed_file_beside_the_plain_one(tmp_path: Path) -> None:
+    for side in ("en", "de"):
+        write(tmp_path / f"train.{side}", text(20))
+        write(tmp_path / f"train.{side}.gz", text(20))
+    assert len(open_text_splits(tmp_path).train) == 16
+    write(tmp_path / "train.de.gz", text(20, 1))
+    with pytest.raises(UserError, match=r"train\.de: is another text than train\.de\.gz beside it; rename or remove"):
+        open_text_splits(tmp_path)
+
+
+def test_columns_that_name_no_languages(tmp_path: Path) -> None:
+    """A model's languages, or those that are asked for, are theirs; messages name the file as it is called."""
+    file = write(tmp_path / "train.tsv", ROWS)
+    assert find_pairs(file).splits["train"].languages == ("source", "target")
+    found = find_pairs(file, usual=("en", "de"))
+    assert found.splits["train"].languages == ("en", "de") and "en is taken for the first" in found.notes[0]
+    assert found.splits["train"].sources[0] == "A dog 0"
+    assert find_pairs(file, "en", "fr").splits["train"].languages == ("en", "fr")
+    with pytest.raises(UserError, match=r"train\.tsv: no text in 'fr'; .*a first line such as en and de"):
+        find_pairs(file, "fr")
+    write(file, ["id\ten\tde", "1\ta\tb"])
+    with pytest.raises(UserError, match=r"train\.tsv: text in id, en, de"):
+        find_pairs(file)
