@@ -40,7 +40,7 @@ def read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
         problems.append(Problem("encoding", f"{path}:{number}", what))
         return None
     lines = text.split("\n")  # not splitlines: it also splits at separators that texts may hold
-    if lines and not lines[-1].strip():
+    if not lines[-1]:  # behind the last line's end
         lines.pop()
     return [line.rstrip("\r") for line in lines]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saccade.data.text.lines import parting
-from saccade.data.text.parallel import find_pairs, holds_text, open_pairs, open_text_splits
+from saccade.data.text.parallel import find_pairs, holds_text, open_pairs, open_text_splits, read_texts
 from saccade.errors import UserError
 
 WORDS = ["the", "dog", "runs", "over", "a", "green", "field", "and", "two", "men", "look", "at", "him", "from", "their"]
@@ -370,3 +370,10 @@ def test_columns_that_name_no_languages(tmp_path: Path) -> None:
     write(file, ["id\ten\tde", "1\ta\tb"])
     with pytest.raises(UserError, match=r"train\.tsv: text in id, en, de"):
         find_pairs(file)
+
+
+@pytest.mark.parametrize(("end", "count"), [("", 2), ("\n", 2), ("\n ", 3), ("\n\n", 3), ("\r\n", 2)])
+def test_only_an_empty_rest_is_no_line(end: str, count: int, tmp_path: Path) -> None:
+    """What a line's spaces are counted as must not hang on where it stands: the other side has that line."""
+    (tmp_path / "text").write_bytes(f"one\ntwo{end}".encode())
+    assert len(read_texts(tmp_path / "text")) == count
