@@ -190,6 +190,15 @@ class MarianTokenizer(Tokenizer):
         shown = {**self._pieces, self.unknown: UNKNOWN_SHOWN}  # weights may know more tokens than the list names
         return [shown.get(token, UNKNOWN_SHOWN).replace(WORD, " ") for token in kept]
 
+    def missing(self) -> dict[str, float]:
+        """By file: the share of its pieces that the list lacks, which texts lose. The published ones lack none."""
+        shares = {}
+        for name, processor in zip(("source.spm", "target.spm"), self.processors, strict=True):
+            numbers = (i for i in range(processor.GetPieceSize()) if not processor.IsControl(i))
+            pieces = [processor.IdToPiece(i) for i in numbers]
+            shares[name] = sum(piece not in self.vocabulary for piece in pieces) / max(1, len(pieces))
+        return shares
+
     @cached_property
     def _pieces(self) -> dict[int, str]:
         return {number: piece for piece, number in self.vocabulary.items()}

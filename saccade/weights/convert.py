@@ -18,7 +18,7 @@ from saccade.errors import UserError
 from saccade.models import build_network, model_row, name_of, task_of
 from saccade.models.detector import DetectorRow
 from saccade.models.translator import STEERING, TranslatorRow
-from saccade.tokenizer import LearntTokenizer, Tokenizer, read_tokenizer
+from saccade.tokenizer import LearntTokenizer, MarianTokenizer, Tokenizer, read_tokenizer
 from saccade.weights import recognition
 from saccade.weights.descriptions import read_class_names, read_preprocessing
 from saccade.weights.formats.table import Format, Rule, Shapes, read_state
@@ -29,6 +29,7 @@ from saccade.weights.unwrap import shortened
 
 T = TypeVar("T")
 WIDEST = 100_000  # of any figure of an architecture; larger ones come from damaged or hostile descriptions
+MOST_MISSING = 0.1  # of a tokenizer's pieces; a few may be left out of the list of tokens on purpose
 # Words in the names of figures that count parts, each of which has tensors of its own.
 REPEATED = ("depth", "layers", "blocks", "repeats", "groups", "levels", "summaries")
 
@@ -131,9 +132,17 @@ def check_tokenizer(row: TranslatorRow, tokenizer: Tokenizer, where: str) -> Non
             "one model"
         )
     theirs = {"padding": (tokenizer.pad, row.pad), "end": (tokenizer.end, row.end)}
+    if learnt:  # Marian's begin as the weights say
+        theirs["start"] = tokenizer.start, row.begin
     wrong = [f"{name} is {a} to the tokenizer and {b} to the weights" for name, (a, b) in theirs.items() if a != b]
     if wrong:
         raise UserError(f"{where}: tokenizer and weights are not of one model: {'; '.join(wrong)}")
+    for name, share in tokenizer.missing().items() if isinstance(tokenizer, MarianTokenizer) else ():
+        if share > MOST_MISSING:
+            raise UserError(
+                f"{where}: {share:.0%} of the pieces of {name} are not in vocab.json; they are not of one model, get "
+                "all of them anew"
+            )
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:

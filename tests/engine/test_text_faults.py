@@ -197,6 +197,7 @@ def _fewer(model: dict[str, Any]) -> None:
         (_row(max_length=-5), "max_length -5 is not from 2"),
         (_row(begin=9999), "begin 9999 is none of"),
         (_row(end=-1), "end -1 is none of"),
+        (_row(begin=5), "start is 1 to the tokenizer and 5 to the weights"),
         (_row(pad=5), "padding is 0 to the tokenizer and 5 to the weights"),
         (_row(width=-16), "describes a model that cannot be built"),
         (_row(heads=0), "describes a model that cannot be built"),
