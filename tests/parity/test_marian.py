@@ -231,6 +231,24 @@ def test_a_folder_as_the_hub_has_it(folder: Path) -> None:
     assert own.decode(known) == tokenizer.batch_decode(known, skip_special_tokens=True, use_source_tokenizer=False)
 
 
+def test_what_a_folder_leaves_out_is_as_transformers_has_it(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / "config.json").read_text())
+    del values["activation_function"]
+    (copy / "config.json").write_text(json.dumps(values))
+    state = load_file(copy / "model.safetensors")
+    del state["final_logits_bias"]
+    save_file(state, copy / "model.safetensors", {"format": "pt"})
+    network, _ = load_network(copy)
+    theirs = transformers.MarianMTModel.from_pretrained(copy).eval()
+    assert isinstance(network, Transformer) and network.config.mlp == "gelu"
+    source, start = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[network.config.begin, 8, 9]])
+    with torch.no_grad():
+        expected = theirs(input_ids=source, decoder_input_ids=start).logits
+        assert torch.allclose(network(source, start).logits, expected, atol=1e-5)  # measured: below 1e-6
+
+
 def test_there_and_back_is_bitwise_equal(folder: Path) -> None:
     theirs = load_file(folder / "model.safetensors")
     found = import_weights(open_weights(folder))
@@ -284,6 +302,12 @@ def _other_end(folder: Path) -> None:
     values = json.loads((folder / "vocab.json").read_text())
     values["</s>"], values["<unk>"] = values["<unk>"], values["</s>"]
     (folder / "vocab.json").write_text(json.dumps(values))
+
+
+def _other_pieces(folder: Path) -> None:
+    values = json.loads((folder / "vocab.json").read_text())
+    kept = ("</s>", "<unk>", "<pad>")
+    (folder / "vocab.json").write_text(json.dumps({k if k in kept else f"{k}x": v for k, v in values.items()}))
 
 
 def _different_table(folder: Path) -> None:
@@ -471,6 +495,7 @@ def test_verify_with_texts_of_ones_own(folder: Path, tmp_path: Path) -> None:
         (lambda folder: (folder / "vocab.json").write_text('{"</s>": 0'), "vocab.json"),
         (lambda folder: (folder / "vocab.json").write_text('{"</s>": 0}'), "lacks <pad>, <unk>"),
         (_vocabulary, "its tokenizer has .* tokens, its weights know"),
+        (_other_pieces, r"9\d% of the pieces of source.spm are not in vocab.json; they are not of one model"),
         (_other_end, "end is 1 to the tokenizer and 0 to the weights"),
         (_different_table, "lm_head.weight differ"),
         (_config(share_encoder_decoder_embeddings=False), "a vocabulary for each language"),

@@ -57,7 +57,7 @@ def _row(shapes: Shapes, config: Mapping[str, Any]) -> TransformerRow:
         raise UserError("its encoder and decoder have different numbers of heads, which cannot be read")
     if config["encoder_ffn_dim"] != config["decoder_ffn_dim"]:
         raise UserError("its encoder and decoder have feed-forward networks of different widths, which cannot be read")
-    activation = config.get("activation_function", "swish")
+    activation = config.get("activation_function", "gelu")
     if activation not in ACTIVATIONS:
         raise UserError(f"its activation {activation!r} is not known")
     return TransformerRow(
@@ -79,7 +79,8 @@ def _row(shapes: Shapes, config: Mapping[str, Any]) -> TransformerRow:
 
 
 def _complete(tensors: State, config: Mapping[str, Any]) -> State:
-    """Without the copies of one table that older files hold, and without positions, which are computed."""
+    """Without the copies of one table that older files hold, and without positions, which are computed; with a bias,
+    which transformers takes for zero where a file has none."""
     tables = [name for name in (TOKENS, *COPIES) if name in tensors]
     if not tables:
         raise UserError(f"lacks {TOKENS}")
@@ -92,7 +93,7 @@ def _complete(tensors: State, config: Mapping[str, Any]) -> State:
             if (tensors[name].float() - waves).abs().max() > 1e-2:
                 raise UserError(f"{name}: learnt positions; only sines and cosines can be read")
     kept = {name: tensor for name, tensor in tensors.items() if name not in (TOKENS, *COPIES, *PLACES)}
-    return {TOKENS: first, **kept}
+    return {BIAS: first.new_zeros(1, len(first)), TOKENS: first, **kept}
 
 
 def _attention(ours: str, theirs: str) -> list[Rule]:
