@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
+# codes of three letters that data use in the place of the usual ones
+LANGUAGES = {
+    "zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko", "tha": "th", "lao": "lo", "khm": "km", "mya": "my",
+    "bur": "my", "eng": "en", "deu": "de", "ger": "de", "fra": "fr", "fre": "fr", "spa": "es", "rus": "ru",
+}  # fmt: skip
+
+
+def language(code: str) -> str:
+    """`zh` for zh, zh-CN, zh_Hans and zho."""
+    primary = re.split("[-_]", code)[0].lower()
+    return LANGUAGES.get(primary, primary)
+
 
 def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 picture`, `2 pictures`; `many` where the plural is not `one` with an s."""

@@ -16,6 +16,7 @@ from saccade.data.text.parallel import Pairs, open_text_splits
 from saccade.engine import distributed
 from saccade.engine.distributed import World
 from saccade.errors import UserError
+from saccade.metrics.translation import doubt
 from saccade.tasks import Task
 from saccade.tasks.translation import TranslationTask
 from saccade.tokenizer import Tokenizer, learn_tokenizer, read_tokenizer
@@ -47,6 +48,7 @@ class TextData:
             target=text.target,
         )
         self.path, self.notes = splits.train.path, list(splits.notes)
+        self.notes += [what] if (what := doubt(splits.val.languages[1], splits.val.targets)) else []
         self.tokenizer: Tokenizer = self._tokenizer(splits.train, folder)
         self.train, self.train_pairs = self._fitting(splits.train)
         self.val, self.val_pairs = splits.val, self._cut(splits.val)

@@ -21,7 +21,7 @@ from saccade.engine.distributed import World
 from saccade.engine.evaluate import evaluate_batches
 from saccade.engine.predict import Model
 from saccade.errors import UserError
-from saccade.metrics.translation import TranslationReport
+from saccade.metrics.translation import TranslationReport, doubt
 from saccade.models.translator import Translator
 from saccade.predictions.translation import Translation
 from saccade.tasks.translation import TranslationTask
@@ -134,14 +134,18 @@ class TextModel:
         task.into = pairs.languages[1]
         sides = [self.tokenizer.encode(side, target=k == 1) for k, side in enumerate((pairs.sources, pairs.targets))]
         cut = [[self._cut(each) for each in side] for side in sides]
+        said: list[str] = []
         long = [i for i, both in enumerate(zip(*sides, strict=True)) if max(map(len, both)) > most]
         if long:
             what = f"{counted(len(long), 'pair')} of more than {most} tokens, all that the model can take, "
             what += f"{'is' if len(long) == 1 else 'are'} cut there ({pairs.some(long)})"
-            if notes is None:
-                warnings.warn(what, stacklevel=2)
-            else:
-                notes.append(what)
+            said.append(what)
+        if what := doubt(pairs.languages[1], pairs.targets):
+            said.append(what)
+        if notes is not None:
+            notes += said
+        elif said:
+            warnings.warn("\n".join(said), stacklevel=2)
         encoded = EncodedPairs(cut[0], cut[1], self.tokenizer.pad)
         return evaluate_batches(
             self.network,

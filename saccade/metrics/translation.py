@@ -10,15 +10,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from saccade.errors import UserError
-from saccade.words import counted
+from saccade.words import counted, language
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
 SHOWN = 5  # examples of a report
 SEPARATORS = re.compile(r"[\t\r\n]")
 # How sacreBLEU takes texts apart that have no spaces between words; all others its usual way, 13a
 BLEU_TOKENS = {"zh": "zh", **dict.fromkeys(("ja", "th", "lo", "km", "my"), "char")}
+
+
+HAN_OR_KANA = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+
+
+def doubt(code: str, references: Sequence[str]) -> str:
+    """Where texts without spaces are taken apart at spaces, because their language `code` says nothing else: a note."""
+    if language(code) in BLEU_TOKENS:
+        return ""
+    text = "".join(references)
+    if 2 * len(HAN_OR_KANA.findall(text)) < len("".join(text.split())) or not text:
+        return ""
+    return (
+        f"BLEU takes the references apart at spaces, being of {code!r}, but they look like Chinese or Japanese; "
+        "call the column or the files zh or ja"
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ class TranslationMetric:
             raise UserError("no text was translated; there is nothing to measure")
         ordered = [self.examples[index] for index in sorted(self.examples)]
         translations, references = [each.translation for each in ordered], [[each.reference for each in ordered]]
-        bleu, chrf = BLEU(tokenize=BLEU_TOKENS.get(self.language)), CHRF()
+        bleu, chrf = BLEU(tokenize=BLEU_TOKENS.get(language(self.language))), CHRF()
         bleu_score = bleu.corpus_score(translations, references)
         chrf_score = chrf.corpus_score(translations, references)
         loss = math.fsum(self.losses.values()) / self.tokens

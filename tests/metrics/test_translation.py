@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 
 from saccade.errors import UserError
-from saccade.metrics.translation import Example, TranslationMetric
+from saccade.metrics.translation import Example, TranslationMetric, doubt
 
 SAID = ["Ein Hund rennt im Schnee.", "Zwei Männer stehen draußen.", "Eine Katze schläft auf dem Sofa."]
 MEANT = ["Ein Hund läuft durch den Schnee.", "Zwei Männer stehen draußen.", "Die Katze schläft auf einem Sofa."]
@@ -51,13 +51,17 @@ def test_nothing_is_no_measure() -> None:
 def test_languages_without_spaces_are_taken_apart_otherwise(tmp_path: Path) -> None:
     said, meant = "一只狗在雪地里跑。", "一只狗在雪地上跑。"
     reports = {}
-    for language in ("zh", "ja", "de"):
+    for language in ("zh", "ja", "de", "zh-CN", "zh_Hans", "zho", "jpn", "ZH"):
         metric = TranslationMetric("greedy", language)
         metric.update([Example(0, "A dog.", said, meant)], [1.0], 4, 5, 0.5, 0)
         reports[language] = metric.compute()
     assert "tok:zh" in reports["zh"].bleu_signature and "tok:char" in reports["ja"].bleu_signature
     assert reports["zh"].bleu == sacrebleu.corpus_bleu([said], [[meant]], tokenize="zh").score > 40
     assert reports["de"].bleu < 1
+    assert all(reports[name].bleu == reports["zh"].bleu for name in ("zh-CN", "zh_Hans", "zho", "ZH"))
+    assert reports["jpn"].bleu == reports["ja"].bleu
+    assert "look like Chinese" in doubt("target", [meant]) and "'target'" in doubt("target", [meant])
+    assert not any(doubt(*each) for each in (("zh-TW", [meant]), ("de", MEANT), ("target", ["개가 달린다"]), ("", [])))
 
 
 def test_translations_are_saved_as_they_are(tmp_path: Path) -> None:
