@@ -63,7 +63,10 @@ def load_plan(folder: Path, path: Path, hash_of_data: str, world: World, evaluat
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / 'plan.json'}: damaged ({error!r}); the run cannot be continued exactly") from None
     if plan.data_hash != hash_of_data:
-        raise UserError(f"{path}: is not the data that {folder} began with (files, labels or tokenizer.json differ)")
+        raise UserError(
+            f"{path}: is not the data that {folder} began with (files, labels or tokenizer.json differ); put it back, "
+            f"or start a new run with this (--weights {folder} to begin from that one)"
+        )
     if plan.world_size != world.size:
         raise UserError(f"{folder}: was begun with {plan.world_size} processes, not {world.size}; use as many")
     return plan
