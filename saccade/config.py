@@ -161,8 +161,9 @@ class NetworkConfig(Config):
     )
     registers: int | None = Field(default=None, ge=0, le=64, description="extra tokens without a picture patch")
     layer_scale: float | None = Field(default=None, gt=0, description="initial value of LayerScale")
-    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] | None = Field(
-        default=None, description="kind of feed-forward network"
+    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu", "relu", "silu"] | None = Field(
+        default=None,
+        description="kind of feed-forward network: of a ViT the first four, of a translator gelu, relu or silu",
     )
     attention: (
         Literal["full", "linear", "performer", "linformer", "nystrom", "lsh", "spatial_reduction", "window"] | None

@@ -56,7 +56,7 @@ class ViTConfig(Row):
     class_position: bool = True  # in the source, tokens without a patch have places in the table; here they are added
     registers: int = 0
     layer_scale: float | None = None
-    mlp: str = "gelu"
+    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
     qkv_bias: bool = True
     key_bias: bool = True
     pre_norm: bool = False  # a norm before the first block, and patches without bias

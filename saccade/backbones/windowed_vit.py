@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -42,7 +42,7 @@ class WindowedViTConfig(Row):
     norm: bool = False  # of every map
     resize: str = "bicubic"  # how positions are brought to another grid, see `layers.positions.RESIZES`
     layer_scale: float | None = None
-    mlp: str = "gelu"
+    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
     key_bias: bool = True
     norm_eps: float = 1e-6
     drop_path: float = 0.0

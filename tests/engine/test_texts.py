@@ -21,6 +21,7 @@ from saccade.data.text.parallel import open_pairs
 from saccade.engine.translate import TextModel, relevance
 from saccade.errors import UserError
 from saccade.models import build_network, model_row
+from saccade.models.transformer import TransformerRow
 from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
 from saccade.predictions.translation import Translation
 from saccade.recipes import resolve
@@ -312,9 +313,17 @@ def test_steering_tokens_in_a_text(file: Path, tmp_path: Path) -> None:
     [
         ("transformer_tiny", "mlp", "gelu_tanh"),
         ("transformer_tiny", "mlp", "swiglu"),
+        ("vit_tiny", "mlp", "relu"),
+        ("vit_tiny", "mlp", "silu"),
         ("gru", "attention", "full"),
     ],
 )  # fmt: skip
 def test_settings_that_a_model_file_could_not_hold_are_refused(name: str, setting: str, value: str) -> None:
     with pytest.raises(UserError, match=f"network.{setting} {value}: .*family"):
         model_row(name).changed(NetworkConfig.model_validate({setting: value}))
+
+
+@pytest.mark.parametrize("mlp", ["relu", "gelu", "silu"])
+def test_every_kind_of_network_that_a_translator_takes_can_be_asked_for(mlp: str) -> None:
+    row = model_row("transformer_tiny").changed(NetworkConfig.model_validate({"mlp": mlp}))
+    assert isinstance(row, TransformerRow) and row.mlp == mlp

@@ -328,7 +328,7 @@ def huggingface_row(shapes: Shapes, config: Mapping[str, Any]) -> ViTConfig:
         resize=kind.resize,
         registers=registers,
         layer_scale=float(values.get("layerscale_value", 1.0)) if name.startswith("dino") else None,
-        mlp=SWIGLU if gated else OUR_MLPS.get(str(act), kind.mlp),
+        mlp=SWIGLU if gated else OUR_MLPS.get(str(act), kind.mlp),  # pyright: ignore[reportArgumentType]
         qkv_bias=bias[0],
         key_bias=bias[1] or not bias[0],
         pre_norm=name == "clip_vision_model",
