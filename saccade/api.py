@@ -18,6 +18,7 @@ from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches
 from saccade.engine.held_out import held_out
 from saccade.engine.run_folder import resume_config
+from saccade.engine.text_data import other_direction
 from saccade.engine.translate import TextModel, open_model
 from saccade.errors import UserError
 from saccade.flags import spread
@@ -71,9 +72,15 @@ def evaluate(
     elif told:
         warnings.warn("\n".join(told), stacklevel=3)
     if isinstance(loaded, TextModel):
+        more: list[str] = []
         asked = any(languages)  # another direction than that of the run
         if asked or not isinstance(held, Pairs):
-            held = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=notes)
+            held = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=more)
+        more += other_direction(loaded.card.languages, held.languages)
+        if notes is not None:
+            notes += more
+        elif more:
+            warnings.warn("\n".join(more), stacklevel=3)
         given = {"beams": beams, "length_penalty": length_penalty, "batch_size": batch_size, "notes": notes}
         return evaluate_texts(loaded, held, {k: v for k, v in given.items() if v is not None}, progress)
     names = ("beams", "length-penalty", "text.source", "text.target")

@@ -12,19 +12,22 @@ from torch import Tensor
 
 from saccade.config import RunConfig
 from saccade.data.text.batches import EncodedPairs, TextBatch, TrainPlan, eval_batches
-from saccade.data.text.parallel import Pairs, open_text_splits
+from saccade.data.text.parallel import SIDES, Pairs, open_text_splits
 from saccade.engine import distributed
 from saccade.engine.distributed import World
+from saccade.engine.plan import planned_row
 from saccade.errors import UserError
 from saccade.metrics.translation import doubt
+from saccade.models.translator import TranslatorRow
 from saccade.tasks import Task
 from saccade.tasks.translation import TranslationTask
 from saccade.tokenizer import Tokenizer, learn_tokenizer, read_tokenizer
 from saccade.weights.load import load_weights
 from saccade.weights.model_file import write_atomically
-from saccade.words import counted
+from saccade.words import counted, language
 
 KEPT = "tokenizer.json"  # in a run's folder
+LIMIT = "--text.max-length"
 
 
 class TextData:
@@ -50,8 +53,8 @@ class TextData:
         self.path, self.notes = splits.train.path, list(splits.notes)
         self.notes += [what] if (what := doubt(splits.val.languages[1], splits.val.targets)) else []
         self.tokenizer: Tokenizer = self._tokenizer(splits.train, folder)
-        self.train, self.train_pairs = self._fitting(splits.train)
-        self.val, self.val_pairs = splits.val, self._cut(splits.val)
+        self.train, self.train_pairs = self._fitting(splits.train, folder)
+        self.val, self.val_pairs = splits.val, self._cut(splits.val, folder)
         self.plan = TrainPlan(self.train_pairs.lengths, text.batch_tokens, config.seed, world.size)
 
     def _tokenizer(self, train: Pairs, folder: Path | None) -> Tokenizer:
@@ -64,6 +67,7 @@ class TextData:
             return read_tokenizer(kept, str(folder / KEPT))
         if self.config.weights is not None:
             card = load_weights(self.config.weights).card
+            self.notes += other_direction(card.languages, train.languages)
             if card.tokenizer is None:
                 raise UserError(f"{self.config.weights}: a {card.model} without a tokenizer; it cannot translate")
             return read_tokenizer(card.tokenizer, self.config.weights)
@@ -71,7 +75,17 @@ class TextData:
         learnt = learn_tokenizer([*train.sources, *train.targets], text.vocabulary, text.tokenizer)
         return read_tokenizer(distributed.from_main(learnt.to_text(), self.world), "tokenizer")
 
-    def _fitting(self, pairs: Pairs) -> tuple[Pairs, EncodedPairs]:
+    def _limit(self, folder: Path | None) -> str:
+        """What bounds the length of texts: a setting, or the weights to start from, which take no more."""
+        weights = self.config.weights
+        if weights is None:
+            return LIMIT
+        row = (None if folder is None else planned_row(folder)) or load_weights(weights).row
+        most = self.config.text.max_length
+        full = isinstance(row, TranslatorRow) and row.max_length <= most
+        return f"{weights} takes no more" if full else LIMIT
+
+    def _fitting(self, pairs: Pairs, folder: Path | None) -> tuple[Pairs, EncodedPairs]:
         """Without pairs that are too long to learn from, which is said."""
         most = self.config.text.max_length
         encoded = encode(self.tokenizer, pairs, None)
@@ -80,13 +94,16 @@ class TextData:
             return pairs, encoded
         out = np.flatnonzero(~fits)
         if len(out) == len(pairs):
-            raise UserError(f"{pairs.path}: every text has more than --text.max-length {most} tokens; allow more")
+            limit = self._limit(folder)
+            remedy = "allow more" if limit == LIMIT else "give shorter texts"
+            raise UserError(f"{pairs.path}: every pair has more than {most} tokens on a side ({limit}); {remedy}")
+        limit = self._limit(folder)
         left = f"{counted(len(out), 'pair')} of more than {most} tokens {'is' if len(out) == 1 else 'are'} left out"
-        self.notes.append(f"{left} ({pairs.some(out)}; --text.max-length)")
+        self.notes.append(f"{left} ({pairs.some(out)}; {limit})")
         kept = pairs.subset(np.flatnonzero(fits))
         return kept, encode(self.tokenizer, kept, None)
 
-    def _cut(self, pairs: Pairs) -> EncodedPairs:
+    def _cut(self, pairs: Pairs, folder: Path | None) -> EncodedPairs:
         """What is measured on has all pairs; how many are cut is said."""
         most = self.config.text.max_length
         encoded = encode(self.tokenizer, pairs, None)
@@ -96,7 +113,7 @@ class TextData:
         are = "is" if len(long) == 1 else "are"
         self.notes.append(
             f"{counted(len(long), 'pair')} for validation of more than {most} tokens {are} cut there "
-            f"({pairs.some(long)}; --text.max-length)"
+            f"({pairs.some(long)}; {self._limit(folder)})"
         )
         return encode(self.tokenizer, pairs, most)
 
@@ -151,6 +168,15 @@ class TextData:
     def amount(self, batch: TextBatch) -> int:
         """Of the translations: what is learnt to be said."""
         return batch.targets.count
+
+
+def other_direction(known: tuple[str, str] | None, languages: tuple[str, str]) -> list[str]:
+    """A note where texts are not of the languages that a model is `known` to translate."""
+    if known is None or {*known, *languages} & {name for sides in SIDES for name in sides}:
+        return []
+    one, other = (tuple(language(code) for code in each) for each in (known, languages))
+    said = f"the model translates {' to '.join(known)}; this is {' to '.join(languages)}"
+    return [] if one == other else [said]
 
 
 def encode(tokenizer: Tokenizer, pairs: Pairs, most: int | None) -> EncodedPairs:

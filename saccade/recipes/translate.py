@@ -92,11 +92,22 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
         )
     if asked.train_part == "head":
         raise UserError("--train-part head: a translator has no head; leave it out")
+    if asked.distributed.strategy == "fsdp":
+        raise UserError("--distributed.strategy fsdp: translators are not sharded; use ddp")
     if asked.weights is not None:
         loaded = load_weights(asked.weights)
         if not isinstance(loaded.row, TranslatorRow):
             raise UserError(f"{asked.weights}: holds a {loaded.card.model}, which does not translate")
         row, start, usual = loaded.row, {"model": loaded.card.model}, loaded.card.languages
+        given = changes.get("text") or {}
+        of_tokenizer = {name: given[name] for name in ("vocabulary", "tokenizer") if name in given}
+        own = f"{asked.weights} has one already"
+        refuse_settings({"text": of_tokenizer}, ("text",), "a tokenizer that is learnt", own)
+        if "max_length" in given and asked.text.max_length > row.max_length:
+            raise UserError(
+                f"--text.max-length {asked.text.max_length}: {asked.weights} takes {row.max_length} tokens at most; "
+                "give no more, or leave it out"
+            )
     text, sources = asked.text, asked.sources
     splits = open_text_splits(
         Path(asked.data),

@@ -21,6 +21,7 @@ from saccade.engine.translate import TextModel
 from saccade.errors import UserError
 from saccade.models import build_network
 from saccade.models.transformer import TransformerRow
+from saccade.recipes import resolve
 from saccade.tokenizer import learn_tokenizer
 from saccade.weights.load import load_weights
 from saccade.weights.model_file import ModelCard, read_metadata, save_model
@@ -276,3 +277,67 @@ def test_the_only_split_is_named(tmp_path: Path) -> None:
 def test_one_language_for_both(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="both en; name two languages"):
         TextData(config_of(make(tmp_path), source="en", target="en"), World(), torch.device("cpu"), None)
+
+
+# --- from weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_en_de(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a run writes it: with the languages that it translates."""
+    loaded = load_weights(model)
+    card = replace(loaded.card, languages=("en", "de"), model="transformer_tiny")
+    path = tmp_path_factory.mktemp("models") / "en-de.safetensors"
+    save_model(path, loaded.weights, card)
+    return path
+
+
+def tuned(folder: Path, weights: Path, **changes: Any) -> RunConfig:
+    return resolve({"data": str(folder), "weights": str(weights), "device": "cpu", "out": "run", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": {"vocabulary": 8000}}, "^--text.vocabulary: is for a tokenizer that is learnt, and .*has one"),
+        ({"text": {"tokenizer": "bpe", "vocabulary": 99}}, "--text.vocabulary, --text.tokenizer: are for"),
+        ({"text": {"max_length": 100}}, "--text.max-length 100: .*en-de.* takes 24 tokens at most; give no more"),
+        ({"distributed": {"strategy": "fsdp"}}, "--distributed.strategy fsdp: translators are not sharded; use ddp"),
+    ],
+)
+def test_what_could_not_take_effect_is_refused(
+    changes: dict[str, Any], message: str, of_en_de: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tuned(make(tmp_path), of_en_de, **changes)
+
+
+def test_what_limits_the_length_is_named(of_en_de: Path, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    write(folder / "train.en", [*ENGLISH[:-1], " ".join(ENGLISH)])
+    write(folder / "val.en", [ENGLISH[0], " ".join(ENGLISH), ENGLISH[2]])
+    for most, limit in ((None, "en-de.safetensors takes no more)"), (20, "--text.max-length)")):
+        config = tuned(folder, of_en_de, **({} if most is None else {"text": {"max_length": most}}))
+        notes = TextData(config, World(), torch.device("cpu"), None).notes
+        assert len([note for note in notes if note.endswith(limit)]) == 2, notes
+
+
+def test_another_direction_is_said(of_en_de: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, said = make(tmp_path / "texts"), "the model translates en to de; this is de to en"
+    for asked, count in (({}, 0), ({"text": {"source": "de"}}, 1)):
+        data = TextData(tuned(folder, of_en_de, **asked), World(), torch.device("cpu"), None)
+        assert data.notes.count(said) == count
+    arguments = ["evaluate", str(of_en_de), str(folder), "--beams=1", "--device=cpu"]
+    assert main(arguments) == 0
+    assert "the model translates" not in capsys.readouterr().err
+    assert main([*arguments, "--text.source=de"]) == 0
+    assert said in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=said):
+        saccade.evaluate(str(of_en_de), str(folder), beams=1, device="cpu", languages=("de", None))
+
+
+def test_a_table_without_names_has_the_languages_of_the_model(of_en_de: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "pairs.tsv", [f"{one}\t{other}" for one, other in zip(ENGLISH, GERMAN, strict=True)])
+    data = TextData(tuned(file, of_en_de), World(), torch.device("cpu"), None)
+    assert data.languages == ("en", "de") and data.train.sources[0] in ENGLISH
+    assert any("its columns name no languages; en is taken for the first" in note for note in data.notes)
