@@ -233,7 +233,7 @@ class RunConfig(Config):
 
     data: str = Field(
         description="folder of classes, table (.csv, .jsonl), .tar shards, Hugging Face dataset on disk; boxes (COCO, "
-        "Pascal VOC, YOLO), folder or file; folder of parallel texts"
+        "Pascal VOC, YOLO), folder or file; folder of parallel texts, or a table of them (.tsv, .jsonl)"
     )
     val: str | None = Field(default=None, description="validation data, where it does not lie beside the training data")
     task: Literal["classify", "detect", "translate"] | None = Field(

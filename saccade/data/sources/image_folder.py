@@ -11,6 +11,7 @@ import numpy as np
 from saccade.config import closest
 from saccade.data.decode import SUFFIXES
 from saccade.data.source import SPLIT_NAMES, FileSource, Found, Problem, sort_names
+from saccade.data.sources.table import TEXTS, lists_texts
 from saccade.errors import UserError
 from saccade.words import counted
 
@@ -70,6 +71,8 @@ def _why_empty(folders: list[Path], loose: list[str], others: list[str]) -> str:
     if loose:
         return "pictures, but no class folders; put the pictures of each class into a folder of the class's name"
     tables = [name for name in others if Path(name).suffix.lower() in (".csv", ".jsonl")]
+    if texts := [name for name in tables if lists_texts(Path(name))]:
+        return f"no pictures in class folders, and {texts[0]} has columns of languages; {TEXTS}"
     if tables:
         return f"no pictures in class folders; if the table {tables[0]} lists them, give that file instead"
     if folders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from saccade.data.source import SPLIT_NAMES, FileSource, Found, Problem, printable, sort_names
+from saccade.data.text.parallel import names_texts
 from saccade.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 PATH_COLUMNS = ("path", "file", "filename", "image", "file_name", "img", "filepath", "image_path")
 LABEL_COLUMNS = ("label", "class", "target", "category", "class_name")
+TEXTS = "texts and their translations go into .tsv (a tab between them) or .jsonl"
 SPLIT_COLUMNS = ("split", "subset")
 
 
@@ -51,14 +54,10 @@ def _read(path: Path, found: Found) -> None:
                 "split": _column(row, SPLIT_COLUMNS),
             }
             if columns["path"] is None or columns["label"] is None:
-                found.problems.append(
-                    Problem(
-                        "no_column",
-                        where,
-                        f"no column for {'the path' if columns['path'] is None else 'the label'} among "
-                        f"{', '.join(map(str, row)) or 'none'}; name them path and label",
-                    )
-                )
+                lacks = "the path" if columns["path"] is None else "the label"
+                remedy = TEXTS if names_texts([str(column) for column in row]) else "name them path and label"
+                what = f"no column for {lacks} among {', '.join(map(str, row)) or 'none'}; {remedy}"
+                found.problems.append(Problem("no_column", where, what))
                 break
         file = _text(row.get(columns["path"] or ""))
         label = printable(_text(row.get(columns["label"] or "")))
@@ -132,6 +131,17 @@ def _read_json_lines(path: Path, found: Found) -> Iterator[tuple[int, dict[str, 
                 yield number, row
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a table ({error}); save it as JSON lines in UTF-8") from None
+
+
+def lists_texts(path: Path) -> bool:
+    """A CSV whose header names languages: texts have a form of their own."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            header = file.readline(10_000)
+    except (OSError, UnicodeDecodeError):
+        return False
+    cells = [cell.strip(' "') for cell in re.split("[,;\t]", header.strip())]
+    return path.suffix.lower() == ".csv" and names_texts(cells)
 
 
 def _column(row: dict[str, Any], names: tuple[str, ...]) -> str | None:

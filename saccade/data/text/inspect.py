@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from saccade.config import TextConfig
 from saccade.data.findings import Findings
 from saccade.data.source import Problem
 from saccade.data.text.parallel import Pairs, find_pairs
@@ -21,6 +22,8 @@ from saccade.words import counted
 SHARES = (0, 5, 50, 95, 100)  # percentiles of lengths that are told
 ROOM = 4  # characters that each side is taken to have more, so that short texts do not have wild ratios
 FAR = 3.0  # times longer or shorter than usual, from which on a pair may belong to no translation
+MOST_COPIES = 0.9  # share of pairs with the same text on both sides, from which on nothing is translated
+LONG = TextConfig().max_length  # words; a word has one token or more
 SHOWN = 3  # places that a hint names; all are in to_dict()
 
 
@@ -43,6 +46,7 @@ class TextSplitReport:
     lengths: dict[str, Lengths]  # by language
     ratio: float  # characters of a translation for each of its text, the median
     outliers: list[str]  # whose ratio is far from that
+    long: list[str]  # more words than the tokens that are learnt from
     copies: list[str]  # the same text on both sides
     repeated: list[list[str]]  # groups of the same pair
 
@@ -110,7 +114,7 @@ def inspect_texts(
         format="parallel text",
         task="translate",
         splits=reports,
-        problems=[*problems, *_leaks(texts)],
+        problems=[*problems, *_leaks(texts), *(problem for report in reports for problem in _untranslated(report))],
         notes=notes,
         hints=[*(hint for report in reports for hint in _hints(report, texts[report.name])), *_retranslated(texts)],
     )
@@ -148,6 +152,7 @@ def _summary(name: str, texts: _Texts) -> TextSplitReport:
         },
         ratio=float(np.median(characters[1] / characters[0])),
         outliers=texts.places(np.flatnonzero(np.abs(logarithms - usual) > np.log(FAR))),
+        long=texts.places(np.flatnonzero(np.maximum(*words) > LONG)),
         copies=texts.places([i for i, (one, other) in enumerate(texts.both) if one == other]),
         repeated=[texts.places(group) for group in groups.values() if len(group) > 1],
     )
@@ -181,6 +186,14 @@ def _leaks(texts: dict[str, _Texts]) -> list[Problem]:
     return problems
 
 
+def _untranslated(report: TextSplitReport) -> list[Problem]:
+    if len(report.copies) < MOST_COPIES * report.pairs:
+        return []
+    share = f"{len(report.copies)} of {counted(report.pairs, 'pair')}"
+    what = f"{share} have the same text on both sides; translate one side"
+    return [Problem("untranslated", report.where, what, refuses=False)]
+
+
 def _hints(report: TextSplitReport, texts: _Texts) -> list[str]:
     hints = []
     if report.outliers:
@@ -190,6 +203,12 @@ def _hints(report: TextSplitReport, texts: _Texts) -> list[str]:
         hints.append(
             f"{report.name}: the lengths of {pairs} are over {FAR:g} times from their usual ratio "
             f"({_some(report.outliers)}), such as {one} beside {other}; look whether these are translations"
+        )
+    if report.long:
+        pairs = "pair has" if len(report.long) == 1 else "pairs have"
+        hints.append(
+            f"{report.name}: {len(report.long)} {pairs} more than {LONG} words on a side ({_some(report.long)}); they "
+            "are not learnt from without a higher --text.max-length; split them into sentences"
         )
     if report.copies:
         pairs = "pair has" if len(report.copies) == 1 else "pairs have"

@@ -40,6 +40,10 @@ def read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
         problems.append(Problem("encoding", f"{path}:{number}", what))
         return None
     lines = text.split("\n")  # not splitlines: it also splits at separators that texts may hold
+    for number, line in enumerate(lines, 1) if "\0" in text else ():
+        if "\0" in line:
+            what = "holds a NUL byte, which is part of no text; remove it, or write the file anew"
+            problems.append(Problem("nul_byte", f"{path}:{number}", what, refuses=False))
     if not lines[-1]:  # behind the last line's end
         lines.pop()
     return [line.rstrip("\r") for line in lines]

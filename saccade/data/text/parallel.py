@@ -204,7 +204,7 @@ def read_texts(path: str | Path) -> list[str]:
     """The lines of a file, plain or .gz."""
     problems: list[Problem] = []
     lines = read_lines(Path(path), problems)
-    raise_problems(problems, str(path))
+    raise_problems([problem for problem in problems if problem.refuses], str(path))
     return lines or []
 
 
@@ -279,8 +279,8 @@ def _find_parallel(
         sides = [read_lines(files[language], found.problems) for language in (of, into)]
         if sides[0] is None or sides[1] is None:
             continue
-        for language, side in zip((of, into), sides, strict=True):
-            _refuse_other_twin(files[language], side, found)
+        _refuse_other_twin(files[of], sides[0], found)
+        _refuse_other_twin(files[into], sides[1], found)
         if len(sides[0]) != len(sides[1]):
             found.problems.append(different_lengths(files[of], files[into], sides[0], sides[1]))
             continue
@@ -413,7 +413,7 @@ def _find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | No
     if _stem(path)[1] == ".tsv":
         first = next((i for i, line in enumerate(lines) if line.strip()), 0)
         header = [cell.strip() for cell in lines[first].split("\t")]
-        named = _names_columns(header)
+        named = names_texts(header)
         names = header if named else ["source", "target"]
         start = first + 1 if named else 0
         for number, line in enumerate(lines[start:], start + 1):
@@ -498,7 +498,7 @@ def _told(
     return told
 
 
-def _names_columns(cells: Sequence[str]) -> bool:
+def names_texts(cells: Sequence[str]) -> bool:
     """Is a table's first line its header? Of more than two columns, two with languages that many have are enough."""
     languages = all(LANGUAGE.fullmatch(cell) for cell in cells) or len({*cells} & USUAL) > 1
     return len({*cells}) == len(cells) > 1 and (languages or _sides(cells) is not None)

@@ -192,6 +192,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert repr(saccade.inspect(str(folder), source="de")).endswith("parallel text, 81 pairs, 1 problem>")
 
 
+@pytest.mark.parametrize("name", ["", "pairs.csv"], ids=["folder", "file"])
+def test_a_csv_of_texts(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "pairs.csv", ["en,de", '"A dog, and","Ein Hund"'])
+    (problem,) = inspect_data(tmp_path / name).problems
+    assert "pairs.csv" in str(problem) and "texts and their translations go into .tsv" in problem.what
+    write(tmp_path / "pairs.csv", ["name,kind", "a,b"])
+    assert "go into .tsv" not in str(inspect_data(tmp_path / name).problems[0])
+
+
 def test_an_empty_folder_and_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.en").write_text("")
     (tmp_path / "train.de").write_text("")
@@ -211,3 +220,19 @@ def test_real_data() -> None:
     report = report_on(folder)
     assert report.ok and [split.pairs for split in report.splits] == [28129, 986, 1000]
     assert [Path(place).name for place in report.splits[0].outliers] == ["train.en.gz:15745", "train.en.gz:15898"]
+
+
+def test_what_no_model_could_learn_from(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    change(folder / "train.en", 5, "word " * 10_000)
+    change(folder / "train.de", 5, "Wort " * 10_000)
+    change(folder / "train.de", 9, "Ein \0 Hund")
+    write(folder / "val.de", (folder / "val.en").read_text().splitlines())
+    report = report_on(folder)
+    assert [(problem.kind, Path(problem.where).name) for problem in report.problems] == [
+        ("nul_byte", "train.de:9"), ("untranslated", folder.name),
+    ]  # fmt: skip
+    assert "12 of 12 pairs have the same text on both sides" in report.problems[1].what
+    (hint,) = (hint for hint in report.hints if "words on a side" in hint)
+    assert "1 pair has more than 128" in hint and "train.en:5" in hint
+    assert len(open_text_splits(folder).train) == 60, "they keep nobody from training"
