@@ -227,7 +227,7 @@ def test_evaluate(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_evaluation_knows_its_languages(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that translates from German is not given English, though that is what data without a name mean."""
     for language, lines in (("en", TEXT[:2]), ("de", TEXT[2:])):
-        (tmp_path / f"val.{language}").write_text("\n".join(lines) + "\n")
+        (tmp_path / f"train.{language}").write_text("\n".join(lines) + "\n")
 
     def first(model: Path, **options: Any) -> str:
         return saccade.evaluate(str(model), str(tmp_path), device="cpu", **options).examples[0].source

@@ -203,7 +203,7 @@ def test_too_long_texts_are_left_out_and_said(texts: Path, tmp_path: Path) -> No
     assert len(session.data) == 38
     assert any("1 pair of more than 24 tokens is left out" in note and "train.en:39" in note
                for note in session.data.notes)  # fmt: skip
-    with pytest.raises(UserError, match="every text has more than --text.max-length 4"):
+    with pytest.raises(UserError, match="every pair has more than 4 tokens on a side .--text.max-length.; allow more"):
         engine.open_session(config(folder, tmp_path / "run", text={"max_length": 4}), World())
 
 
