@@ -226,7 +226,7 @@ def cost_of_token(kind: str, length: int, seconds: float) -> dict[str, Any]:
 def longest_chain(loss: Tensor) -> int:
     """How many operations of its gradients' graph must follow one another."""
     longest: dict[Any, int] = {}
-    waiting = [loss.grad_fn]
+    waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting[-1]
         before = [each for each, _ in node.next_functions if each is not None]
