@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -147,6 +148,17 @@ def evaluate_texts(
             progress(done, len(pairs))
 
     return model.evaluate(pairs, **options, progress=count)
+
+
+def refuse_report(folder: Path) -> None:
+    """A folder for a report that cannot be written, or holds one."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir():
+        raise UserError(f"--out {folder}: {there} is a file; choose another --out")
+    if (folder / "metrics.json").exists():
+        raise UserError(f"--out {folder}: holds the report of before (metrics.json); choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: cannot be written ({there} may not be changed); choose another --out")
 
 
 def save_report(report: Any, folder: Path, model: str, data: str, *, split: str | None = None) -> tuple[str, ...]:

@@ -18,7 +18,10 @@ HEADS = {
     "detect": "With a head for COCO's 91 numbers, at the resolution shown",
     "translate": f"With a vocabulary of {VOCABULARY:,} tokens, a text of {TOKENS} and a translation of {TOKENS}",
 }
-OTHERS = {"translate": "other vocabularies change its table alone, and longer texts the GFLOPs"}
+OTHERS = {
+    "translate": "other vocabularies change its table alone, and longer texts the GFLOPs. Forms are as published: the "
+    "recipe for few pairs trains the Transformers pre-norm"
+}
 USUAL_OTHERS = "other sizes and shapes work too (--image-size)"
 
 
@@ -124,8 +127,8 @@ def render_models(name: str | None = None, task: str | None = None) -> None:
     width = max(len(m.name) for m in models)
     for each in dict.fromkeys(m.task for m in models):
         console.print(_table([m for m in models if m.task == each], width, console.width))
-        if name is None:
-            print(f"\n{HEADS[each]}; {OTHERS.get(each, USUAL_OTHERS)}.\n")
+        if name is None or each == "translate":
+            print(f"\n{HEADS[each]}; {OTHERS.get(each, USUAL_OTHERS)}.{'' if name else chr(10)}")
     if name is None:
         print("weights: how many published ones are known to fit; `saccade models NAME` names them.")
         return

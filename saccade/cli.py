@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saccade.cli_texts import OF_TEXTS, add_search, add_texts, predict_texts
-from saccade.config import Config, RunConfig, TextConfig, build_config, closest
+from saccade.cli_texts import OF_TEXTS, add_search, add_texts, predict_texts, said_of
+from saccade.config import Config, RunConfig, TextConfig, build_config, closest, field_paths
 from saccade.errors import UserError
-from saccade.flags import ALIASES, add_alias, add_field, natural, positive, read_changes, share
+from saccade.flags import ALIASES, add_alias, add_field, natural, nearest_flag, positive, read_changes, share
 from saccade.words import counted
 
 SMALLER = "--batch-size or --image-size, of texts --text.batch-tokens"
@@ -98,12 +98,21 @@ def refuse_unknown(options: argparse.Namespace, further: list[str]) -> None:
     lines = []
     for word in options.unknown:
         flag = word.split("=")[0]
-        near = closest(flag.replace("_", "-"), options.flags)
+        near = nearest_flag(flag.replace("_", "-"), options.flags)
         lines.append(f"unknown {'flag' if flag.startswith('-') else 'argument'} {flag}{near}")
     lines += further
     if lines:
-        listed = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
-        raise UserError(f"{listed}\n(saccade {options.command} --help shows what there is)")
+        raise UserError(f"{listed(lines)}\n(saccade {options.command} --help shows what there is)")
+
+
+def listed(faults: Sequence[str]) -> str:
+    return faults[0] if len(faults) == 1 else f"{len(faults)} faults:" + "".join(f"\n  {fault}" for fault in faults)
+
+
+def as_flag(fault: str) -> str:
+    """What is wrong with a setting, under the name that the command has for it."""
+    name, colon, what = fault.partition(": ")
+    return f"--{name.replace('_', '-')}: {what}" if colon and name in field_paths() else fault
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -160,7 +169,7 @@ def run_train(options: argparse.Namespace) -> int:
     try:
         build_config({"data": "data", **changes})
     except UserError as error:
-        faults += [line.strip() for line in str(error).removeprefix("settings: ").strip().splitlines()]
+        faults += [as_flag(line.strip()) for line in str(error).removeprefix("settings: ").strip().splitlines()]
     refuse_unknown(options, faults)
 
     from saccade.api import train
@@ -196,7 +205,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="data with its truth: a split's folder, or a data set (then its val or --split)")
     parser.add_argument("--split", help="which split of the data set")
     parser.add_argument(
-        "--out", help="folder for figures and charts; also the pictures with most mistakes, or all translations"
+        "--out", help="new folder for figures and charts; also the pictures with most mistakes, or all translations"
     )
     add_common(parser)
     texts = parser.add_argument_group("texts")
@@ -232,9 +241,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from saccade.api import evaluate, save_report
+    from saccade.api import evaluate, refuse_report, save_report
     from saccade.engine.progress import counter
 
+    if options.out is not None:
+        refuse_report(Path(options.out))  # before what takes long
     unreadable: list[str] = []
     notes: list[str] = []
     with counter("evaluating") as progress:
@@ -298,7 +309,7 @@ def run_predict(options: argparse.Namespace) -> int:
 
     --json prints a list with an object for each picture: source, label, score and top; or source, width, height and
     detections, each with label, class, score and box (left, top, right, bottom in pixels); or for each text: source,
-    translation, score (mean logarithm of its tokens' probabilities) and cut (it did not end by itself).
+    translation, score (its logarithmic probability, divided by length ** penalty) and cut (it did not end by itself).
     """
     from pathlib import Path
 
@@ -324,6 +335,7 @@ def run_predict(options: argparse.Namespace) -> int:
         raise UserError(f"--coco {options.coco}: is for detections, and {options.model} gives classes")
     ids = None if options.coco is None else CocoIds.read(options.coco, model.class_names)
     saved: list[dict[str, Any]] = []
+    pictures: list[Path] = []
     failed: list[str] = []
     names = {} if options.save is None else names_apart([name for name, _ in list_inputs(options.inputs)])
     with counter("predicting") as progress:
@@ -338,7 +350,8 @@ def run_predict(options: argparse.Namespace) -> int:
         ):
             facts = prediction.to_dict()
             if options.save is not None:
-                facts["picture"] = str(prediction.save(Path(options.save) / f"{names[prediction.source]}.png"))
+                pictures.append(prediction.save(Path(options.save) / f"{names[prediction.source]}.png"))
+                facts["picture"] = str(pictures[-1])
             if ids is not None:
                 saved += ids.rows(prediction)
             elif options.json:
@@ -347,11 +360,12 @@ def run_predict(options: argparse.Namespace) -> int:
                 print(prediction)
     if options.json or ids is not None:
         print(json.dumps(saved))
+    if pictures:
+        print(said_of(pictures), file=sys.stderr)
     if failed:
-        raise UserError(
-            (failed[0] if len(failed) == 1 else "".join(f"\n  {line}" for line in failed))
-            + ("" if len(failed) == 1 else f"\n{len(failed)} pictures could not be read; the others are done")
-        )
+        lines = "".join(f"\n  {line}" for line in failed)
+        several = f"{len(failed)} pictures could not be read; the others are done:{lines}"
+        raise UserError(failed[0] if len(failed) == 1 else several)
     return 0
 
 

@@ -6,14 +6,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from saccade.errors import UserError
 from saccade.flags import natural, positive, share
 from saccade.words import counted
 
 OF_TEXTS = ("input", "stream", "beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
+STDIN = "-"
+PIECE = 1 << 16  # bytes of standard input that are read at a time, at most
+SHOWN_NOTES = 10  # of single texts
 
 
 def add_search(group: Any) -> None:
@@ -30,7 +34,7 @@ def add_search(group: Any) -> None:
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Flags of a prediction that only models of texts know."""
     texts = parser.add_argument_group("texts")
-    texts.add_argument("--input", metavar="FILE", help="a file with a text in each line, plain or .gz")
+    texts.add_argument("--input", metavar="FILE", help="a file of texts, one a line, plain or .gz; - is standard input")
     texts.add_argument("--stream", action="store_true", help="print each piece as soon as it is known, without beams")
     add_search(texts)
     texts.add_argument(
@@ -44,50 +48,51 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
 def predict_texts(model: Any, options: argparse.Namespace) -> int:
     """A line for each text."""
 
-    from saccade.data.text.parallel import read_texts
     from saccade.engine.progress import counter
-    from saccade.engine.translate import Search
+    from saccade.engine.translate import Search, shortened
 
     for flag, value in (("--threshold", options.threshold), ("--coco", options.coco)):
         if value is not None:
             raise UserError(f"{flag} {value}: is for pictures, and {options.model} translates texts")
-    if options.input is not None and options.inputs:
-        raise UserError(f"--input {options.input}: and texts as well; give one of both")
-    for text in options.inputs:
-        if os.path.splitext(text)[1] and os.path.isfile(text):
-            raise UserError(
-                f"{text}: is a file, and texts are translated as they stand; for its lines, use --input {text}"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{text[:40]!a}: is not UTF-8; put it into a file and use --input FILE") from None
-    texts = options.inputs if options.input is None else read_texts(options.input)
-    if not any(text.strip() for text in texts):
-        raise UserError(f"{options.input or 'the text'}: is empty; there is nothing to translate")
     names = ("beams", "length_penalty", "temperature", "top_k", "top_p", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.stream:
-        return stream_texts(model, texts, [*given, *(name for name in ("save", "json") if getattr(options, name))])
+    if options.stream and (further := [*given, *(name for name in ("save", "json") if getattr(options, name))]):
+        flags = ", ".join("--" + name.replace("_", "-") for name in further)
+        raise UserError(f"--stream: says the likeliest token each time, at once; it does not go with {flags}")
     search = Search(**given)
+    parts = given_texts(options, whole=not search.scored)
+    if options.stream:
+        return stream_texts(model, parts, options.input)
     saved: list[dict[str, Any]] = []
-    endless = 0
+    pictures: list[Path] = []
+    notes = Notes(options.input)
+    endless = number = 0
     with counter("translating") as progress:
-        for result in model.each(
-            texts, search, explained=options.save is not None, batch_size=options.batch_size, progress=progress
-        ):
-            endless += result.cut
-            facts = result.to_dict()
-            if options.save is not None and result.relevance is not None:
-                facts["picture"] = str(result.save(options.save))
-            if options.json:
-                saved.append(facts)
-            else:
-                print(result)
-            if result.note:
-                print(f"note: {result.source[:40]!r}...: {result.note}", file=sys.stderr)
+        for texts in parts:
+            for result in model.each(
+                texts,
+                search,
+                explained=options.save is not None,
+                batch_size=options.batch_size,
+                progress=None if options.input == STDIN else progress,  # it has no end that is known
+            ):
+                number += 1
+                endless += result.cut
+                facts = result.to_dict()
+                if options.save is not None and result.relevance is not None:
+                    pictures.append(result.save(picture_path(options, result.name, number)))
+                    facts["picture"] = str(pictures[-1])
+                if options.json:
+                    saved.append(facts)
+                else:
+                    print(result, flush=options.input == STDIN)
+                if result.note:
+                    notes.say(number, f"{shortened(result.source)}: {result.note}")
+    notes.end()
     if options.json:
         print(json.dumps(saved, ensure_ascii=False))
+    if pictures:
+        print(f"{said_of(pictures)}, with data as JSON beside", file=sys.stderr)
     if endless:
         print(
             f"note: {counted(endless, 'translation')} did not end, and {'was' if endless == 1 else 'were'} cut off; "
@@ -97,19 +102,106 @@ def predict_texts(model: Any, options: argparse.Namespace) -> int:
     return 0
 
 
-def stream_texts(model: Any, texts: Sequence[str], further: Sequence[str]) -> int:
+def given_texts(options: argparse.Namespace, *, whole: bool) -> Iterable[list[str]]:
+    """What is to be translated, in parts: standard input as it arrives, or `whole`; all else at once."""
+    from saccade.data.text.parallel import read_texts
+
+    if options.input is not None and options.inputs:
+        raise UserError(f"--input {options.input}: and texts as well; give one of both")
+    if options.input == STDIN:
+        arriving = arriving_lines(sys.stdin.buffer)
+        return [[line for part in arriving for line in part]] if whole else arriving
+    if options.input is not None:
+        texts = read_texts(options.input)
+        if not texts:
+            raise UserError(f"{options.input}: is empty; there is nothing to translate")
+        return [texts]
+    for text in options.inputs:
+        if text == STDIN:
+            raise UserError("-: is no text; for the lines of standard input, use --input -")
+        if os.path.splitext(text)[1] and os.path.isfile(text):
+            raise UserError(
+                f"{text}: is a file, and texts are translated as they stand; for its lines, use --input {text}"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{text[:40]!a}: is not UTF-8; put it into a file and use --input FILE") from None
+    if not any(text.strip() for text in options.inputs):
+        raise UserError("the text: is empty; there is nothing to translate")
+    return [options.inputs]
+
+
+def arriving_lines(stream: BinaryIO) -> Iterator[list[str]]:
+    """The lines of a pipe or a terminal, as many at a time as are there."""
+    number, rest = 0, b""
+    while True:
+        data = stream.read1(PIECE)  # pyright: ignore[reportAttributeAccessIssue]
+        *lines, rest = (rest + data).split(b"\n")
+        if not data and rest:
+            lines.append(rest)
+        texts = []
+        for line in lines:
+            number += 1
+            try:
+                texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r"))
+            except UnicodeDecodeError as error:
+                byte = f"0x{line[error.start]:02x}"
+                remedy = "convert it, as in `iconv -f latin1 -t utf-8`"
+                raise UserError(f"standard input, line {number}: not UTF-8 (byte {byte}); {remedy}") from None
+        if texts:
+            yield texts
+        if not data:
+            break
+    if not number:
+        raise UserError("standard input: is empty; there is nothing to translate")
+
+
+def said_of(pictures: Sequence[Path]) -> str:
+    """Where they were written, and how many."""
+    if len(pictures) == 1:
+        return f"the picture is {pictures[0]}"
+    return f"{len(pictures)} pictures are in {pictures[0].parent}"
+
+
+def picture_path(options: argparse.Namespace, name: str, number: int) -> Path:
+    """In a folder, lines of a file have their numbers in their pictures' names."""
+    path = Path(options.save)
+    if options.input is None or (path.suffix and not path.is_dir()):
+        return path
+    return path / f"{number:04d}-{name}.png"
+
+
+class Notes:
+    """What is to be said of single texts, where they come from; of many, only the first."""
+
+    def __init__(self, file: str | None):
+        self.file = "standard input" if file == STDIN else file
+        self.count = 0
+
+    def say(self, number: int, what: str) -> None:
+        self.count += 1
+        if self.count <= SHOWN_NOTES:
+            line = "" if self.file is None else f"{self.file}, line {number}: "
+            print(f"note: {line}{what}", file=sys.stderr)
+
+    def end(self) -> None:
+        if self.count > SHOWN_NOTES:
+            print(f"note: the like of {counted(self.count - SHOWN_NOTES, 'text')} more", file=sys.stderr)
+
+
+def stream_texts(model: Any, parts: Iterable[Sequence[str]], file: str | None) -> int:
     """A line for each text, which grows while it is translated."""
     import warnings
 
-    if further:
-        flags = ", ".join("--" + name.replace("_", "-") for name in further)
-        raise UserError(f"--stream: says the likeliest token each time, at once; it does not go with {flags}")
-    for text in texts:
+    notes = Notes(file)
+    for number, text in enumerate((text for texts in parts for text in texts), 1):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for piece in model.stream(text):
                 print(piece, end="", flush=True)
-        print()
+        print(flush=True)
         for warning in said:
-            print(f"note: {warning.message}", file=sys.stderr)
+            notes.say(number, str(warning.message))
+    notes.end()
     return 0

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saccade.errors import UserError
+from saccade.words import either
 
 
 class Config(BaseModel):
@@ -182,6 +183,9 @@ class NetworkConfig(Config):
     )
 
 
+SHORTEST, LONGEST = 4, 4096  # of the bound of a text's length, in tokens
+
+
 class TextConfig(Config):
     """Texts and their translations, where the task is to translate."""
 
@@ -194,7 +198,10 @@ class TextConfig(Config):
         default="bpe", description="how subwords are learnt; unigram is not the same in every run"
     )
     max_length: int = Field(
-        default=128, ge=4, le=4096, description="longer texts, in tokens, are not learnt from and are cut otherwise"
+        default=128,
+        ge=SHORTEST,
+        le=LONGEST,
+        description="longer texts, in tokens, are not learnt from and are cut otherwise",
     )
     batch_tokens: int = Field(default=4096, ge=16, description="tokens of either language in a batch, with padding")
 
@@ -323,7 +330,7 @@ def closest(name: str, names: list[str] | tuple[str, ...], count: int = 3) -> st
     if near and difflib.SequenceMatcher(None, name, near[0]).ratio() > SURE:
         near = near[:1]
     near += [n for n in names if n.endswith("." + name) and n not in near]
-    return f"; did you mean {' or '.join(near[:count])}?" if near else ""
+    return f"; did you mean {either(near[:count])}?" if near else ""
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,12 @@ def sample(
     """Tokens drawn by their probabilities; only from the `top_k` most probable, and from the fewest that together have
     the probability `top_p` (https://arxiv.org/abs/1904.09751)."""
 
+    divisor = min(max(temperature, 1e-30), 1e30)  # beyond, it or its inverse would be 0 or infinite in float32
+
     def draw(scores: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-        shares = truncated(scores.float() / temperature, top_k, top_p).softmax(dim=-1)
+        scores = scores.float()
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / divisor  # below 0, so that nothing overflows to inf
+        shares = truncated(scores, top_k, top_p).softmax(dim=-1)
         return torch.multinomial(shares, 1, generator=generator)[:, 0]
 
     return _one_by_one(model, source, max_length, draw)

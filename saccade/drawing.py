@@ -241,6 +241,7 @@ def position_similarity(embeddings: np.ndarray | Tensor, grid: tuple[int, int], 
         return save_figure(figure, path, dpi)
 
 
+ASIDE: dict[str, Any] = {"fontsize": 10, "fontweight": "normal"}  # of a title to the right
 SCORES = {"val_bleu": "BLEU", "val_chrf": "chrF"}  # from 0 to 100
 NO_SHARES = ("val_loss", "val_threshold", *SCORES)
 SHOWN_NAMES = {"top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "f1": "F1"}
@@ -248,9 +249,10 @@ CHOOSES = ("val_top1", "val_ap")  # by which the kept model is chosen
 PANELS = {"loss": 3.0, "shares": 2.6, "scores": 2.6, "threshold": 1.5, "lr": 1.5}  # and their heights
 
 
-def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, harder: Sequence[str] = ()) -> Path:
     """Loss, validation and learning rate over the steps of a run.
 
+    `harder`: what training has and validation has not, such as dropout, so that their losses cannot be compared.
     A row has `step` and any of `loss`, `lr`, `val_loss`, `val_threshold`, `val_bleu`, `val_chrf` and other `val_*`
     shares in 0..1. Missing values (absent, None, "", NaN) are left out; losses that were not finite are marked.
     """
@@ -285,7 +287,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
             axes.grid(True)
             axes.margins(x=0.01)
         if "loss" in places:
-            _draw_losses(places["loss"], losses, rows)
+            _draw_losses(places["loss"], losses, rows, harder)
         if "shares" in places:
             _draw_shares(places["shares"], shares)
         if "scores" in places:
@@ -319,7 +321,7 @@ def _draw_shares(axes: Axes, shares: Mapping[str, tuple[np.ndarray, np.ndarray]]
             best = int(np.argmax(values))
             axes.plot(steps[best], values[best], "o", markersize=9, markerfacecolor="none", color=INK)
             found = f"best {name} {100 * values[best]:.1f} % at step {steps[best]:.0f}"
-            axes.set_title(found, loc="right", fontsize=10, fontweight="normal")
+            axes.set_title(found, loc="right", **ASIDE)
     _legend(axes)
 
 
@@ -358,14 +360,19 @@ def _draw_scores(axes: Axes, scores: Mapping[str, tuple[np.ndarray, np.ndarray]]
     best = int(np.argmax(values))
     axes.plot(steps[best], values[best], "o", markersize=9, markerfacecolor="none", color=INK)
     found = f"best {SCORES[key]} {values[best]:.1f} at step {steps[best]:.0f}"
-    axes.set_title(found, loc="right", fontsize=10, fontweight="normal")
+    axes.set_title(found, loc="right", **ASIDE)
     _legend(axes)
 
 
 def _draw_losses(
-    axes: Axes, losses: Mapping[str, tuple[np.ndarray, np.ndarray]], rows: Sequence[Mapping[str, Any]]
+    axes: Axes,
+    losses: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    rows: Sequence[Mapping[str, Any]],
+    harder: Sequence[str] = (),
 ) -> None:
     axes.set_title("Loss")
+    if harder and len(losses) == 2:
+        axes.set_title(f"training with {' and '.join(harder)}, validation without", loc="right", **ASIDE)
     if "loss" in losses:
         steps, values = losses["loss"]
         noisy = len(values) >= 50

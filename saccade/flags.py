@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, get_args, get_origin
 
-from saccade.config import Config, RunConfig
+from saccade.config import Config, RunConfig, closest
 from saccade.errors import UserError
+from saccade.words import either
 
 # What a recipe chooses for the task, the data and the model, so that no one default is true of it. A test holds this.
 CHOSEN = frozenset((
@@ -37,6 +39,8 @@ def add_field(group: Any, model: type[Config], name: str, prefix: str) -> None:
     default = "" if field.default is None else f" (default {shown(field.default)})"
     if prefix + name in CHOSEN:
         default = " (default: from the recipe)"
+    if prefix + name == "out":
+        default = " (default: runs/NAME of the data, or NAME-2, NAME-3, ... where that is there)"
     choices = [str(choice) for choice in literals(field.annotation)]
     flag = f"--{prefix}{name}".replace("_", "-")
     is_bool = field.annotation is bool
@@ -101,6 +105,15 @@ def spread(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"settings: {name} is {value!r}, and {path} is {given[inner]!r}; give one of both")
         changes[branch] = {**given, inner: value}
     return changes
+
+
+def nearest_flag(flag: str, flags: Sequence[str]) -> str:
+    """A hint at the flags that are nearly called so, whole or behind their groups."""
+    if near := closest(flag, list(flags)):
+        return near
+    inner = {each.rpartition(".")[2]: each for each in flags if "." in each}
+    found = difflib.get_close_matches(flag.lstrip("-"), inner, n=3, cutoff=0.75)
+    return f"; did you mean {either([inner[name] for name in found])}?" if found else ""
 
 
 # --- kinds of values -------------------------------------------------------------------------------------------------

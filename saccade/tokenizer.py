@@ -159,8 +159,8 @@ class MarianTokenizer(Tokenizer):
         processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(data)
-        except (RuntimeError, TypeError) as error:
-            raise UserError(f"{self.where}: {name} is damaged or no sentencepiece model ({error})") from None
+        except (RuntimeError, TypeError):
+            raise UserError(f"{self.where}: {name} is damaged or no sentencepiece model; get it anew") from None
         return processor
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # codes of three letters that data use in the place of the usual ones
 LANGUAGES = {
@@ -20,6 +21,17 @@ def language(code: str) -> str:
 def counted(count: int, one: str, many: str | None = None) -> str:
     """`1 picture`, `2 pictures`; `many` where the plural is not `one` with an s."""
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def with_article(noun: str) -> str:
+    """With its article, `a` or `an`: by how it is said, which of names in small letters the first one tells."""
+    spelt = bool(re.match(r"(rnn|lstm|lw|rf)", noun))  # said letter by letter
+    return f"{'an' if noun[:1] in 'aeio' or spelt else 'a'} {noun}"
+
+
+def either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 # by task: what data hold, and what a model does

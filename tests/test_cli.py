@@ -324,6 +324,8 @@ def test_evaluate(run: Callable[..., Any], trained: Path, pictures: Path, tmp_pa
     assert 0 <= facts["top1"] <= 1 and json.dumps(facts).count("green") >= 1
     assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == facts
     assert {path.name for path in (tmp_path / "report").iterdir()} >= {"confusion.png", "calibration.png"}
+    code, _, err = run("evaluate", "absent", pictures / "val", "--out=report")
+    assert code == 2 and "--out report: holds the report of before (metrics.json); choose another --out" in err
     code, out, _ = run("evaluate", trained, pictures, "--split=val", "--device=cpu")
     assert code == 0 and "green" in out
 

@@ -127,7 +127,7 @@ def test_from_a_folder_of_the_hub(boxes: Path, run: Callable[..., Any], tmp_path
     heads = ("classes", "proposers.0.classes", "proposers.1.classes")
     assert changed == {f"{head}.{each}" for head in heads for each in ("weight", "bias")}
     code, _, err = run("train", boxes, "--weights", tmp_path / "hub", "--model=lw_detr_micro", *USUAL, "--out=bad")
-    assert code == 2 and "holds a rf_detr_micro, not a lw_detr_micro" in err
+    assert code == 2 and "holds an rf_detr_micro, not an lw_detr_micro" in err
 
 
 @pytest.mark.parametrize("aspect", ["1", "3"])

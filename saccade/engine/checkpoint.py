@@ -160,7 +160,7 @@ def load_checkpoint(
             # alone first: torch logs the stack of what goes wrong here, and tries the next best file
             names = _SafeReader(path).read_metadata().state_dict_metadata
         except (OSError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path / '.metadata'}: damaged ({error}); delete {path}") from None
+            raise UserError(f"{path / '.metadata'}: damaged ({error})") from None
         moved = any(name.startswith("optimizers.") for name in names)
         state = _sharded_state(model, optimizers, ema, moved=moved)
         try:
@@ -194,10 +194,10 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "WeightsUnpickler" in str(error) or "weights_only" in str(error).lower():
-            raise UserError(f"{path}: damaged, or holds code, which was not executed; delete the file") from None
-        raise UserError(f"{path}: damaged ({error}); delete it, the one before it will be used") from None
+            raise UserError(f"{path}: damaged, or holds code, which was not executed") from None
+        raise UserError(f"{path}: damaged ({error})") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: truncated or damaged ({error}); delete it, the one before it will be used") from None
+        raise UserError(f"{path}: truncated or damaged ({error})") from None
 
 
 class _SafeReader(dcp.FileSystemReader):

@@ -300,8 +300,16 @@ def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
                 return finish(session, folder, progress, writer, finished=False, signal_number=numbers[0])
         table.say(f"finished in {clock(time.monotonic() - clock_start)}; the model is {folder / 'model.safetensors'}")
         if show:
-            training_curves([{**row, "loss": row["train_loss"]} for row in progress.rows], folder / "curves.png")
+            rows = [{**row, "loss": row["train_loss"]} for row in progress.rows]
+            training_curves(rows, folder / "curves.png", only_in_training(session))
     return finish(session, folder, progress, writer, finished=True, signal_number=None)
+
+
+def only_in_training(session: Session) -> list[str]:
+    """What makes the loss of training higher than that of an evaluation."""
+    dropout = getattr(session.model.config, "dropout", 0.0)  # of models of texts; the others' loss is of other pictures
+    there = {"label smoothing": session.config.loss.label_smoothing, "dropout": dropout}
+    return [name for name, amount in there.items() if amount]
 
 
 def evaluate(session: Session, unreadable: list[str] | None = None) -> Any:
@@ -449,16 +457,21 @@ def note_fault(
 def restore(session: Session, folder: Path, ema: Ema | None, show: bool) -> Progress:
     """The newest checkpoint that is whole; a damaged one is passed over with a word, and the one before it used."""
     faults = []
-    for path in list_checkpoints(folder / "checkpoints"):
+    found = list_checkpoints(folder / "checkpoints")
+    for path in found:
         try:
             return Progress(**load_checkpoint(path, session.model, session.optimizers, ema))
         except UserError as error:
             faults.append(str(error))
         except TypeError as error:
             faults.append(f"{path}: holds no progress of a run ({error})")
-        RunTable(1, 0, show=show).say(f"passed over: {faults[-1]}")
+        if path != found[-1]:
+            RunTable(1, 0, show=show).say(f"passed over, the one before it is used: {faults[-1]}")
     if faults:
-        raise UserError(f"{folder}: no checkpoint can be used:\n  " + "\n  ".join(faults))
+        kept = f", with --weights {folder} to begin from its best model so far"
+        kept = kept if (folder / "model.safetensors").is_file() else ""
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise UserError(f"{folder}: no checkpoint can be used, so start anew with another --out{kept}:{listed}")
     return Progress()
 
 

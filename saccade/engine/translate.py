@@ -6,13 +6,15 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saccade.config import DecodingConfig, RunConfig, TextConfig
+from saccade.config import LONGEST, SHORTEST, DecodingConfig, RunConfig, TextConfig
 from saccade.data.text.batches import MOST, EncodedPairs, eval_batches
 from saccade.data.text.parallel import Pairs
 from saccade.decoding import Hypothesis, beam_search, sample, stream
@@ -32,9 +34,11 @@ from saccade.weights.model_file import ModelCard
 from saccade.words import counted
 
 BEAMS, MOST_BEAMS = 4, 64
+PENALTY = 1.0  # of a translation's length
 BATCH = 32  # texts at a time
 READ_AHEAD = 32  # batches whose texts are sorted by length
 ROOM = 20  # tokens that a translation may have beside twice its text's
+NAMED = 10  # unknown characters that a note names
 
 
 @dataclass(frozen=True)
@@ -61,24 +65,26 @@ class TextModel:
         self,
         texts: str | Iterable[str],
         *,
-        beams: int = BEAMS,
-        length_penalty: float = 1.0,
+        beams: int | None = None,
+        length_penalty: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         explained: bool = False,
-        batch_size: int = BATCH,
+        batch_size: int | None = None,
     ) -> list[Translation]:
-        """Translations in the order given, by beam search; with a `temperature` they are drawn instead, only from the
-        `top_k` likeliest tokens each time, and from the fewest that together have the probability `top_p`.
+        """Translations in the order given, by a search with four `beams` and a `length_penalty` of 1, or as given; with
+        a `temperature` they are drawn instead, only from the `top_k` likeliest tokens each time, and from the fewest
+        that together have the probability `top_p`.
 
-        `explained`: each carries which words it came from. An empty text has an empty translation. One that is longer
-        than the model can take is cut, which its `note` says.
+        `explained`: each carries which words it came from. An empty text has an empty translation. The `note` of a
+        translation says that its text was longer than the model can take, and cut, or held unknown characters.
         """
-        given = [texts] if isinstance(texts, str) else list(texts)
         search = Search(beams, length_penalty, temperature, top_k, top_p, seed)
-        return list(self.each(given, search, explained=explained, batch_size=batch_size))
+        return list(self.each(_as_texts(texts), search, explained=explained, batch_size=batch_size))
+
+    predict = translate  # as a model of pictures calls it
 
     def each(
         self,
@@ -90,16 +96,18 @@ class TextModel:
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Translation]:
         """As `translate`, one after the other while it goes."""
-        return self._each(texts, search or Search(), explained, batch_size or BATCH, progress)
+        batch_size = BATCH if batch_size is None else _checked_batch(batch_size)
+        return self._each(texts, search or Search(), explained, batch_size, progress)
 
     def stream(self, text: str) -> Iterator[str]:
         """The translation of the likeliest token each time, piece by piece, each as soon as it is known.
 
-        A text that is longer than the model can take is cut, with a warning.
+        What the `note` of a translation would say is warned of.
         """
+        (text,) = _as_texts([text])
         tokens, note = self._encoded(text)
         if note:
-            warnings.warn(f"{text[:40]!r}...: {note}", stacklevel=2)
+            warnings.warn(f"{shortened(text)}: {note}", stacklevel=2)
         said: list[int] = []
         shown = ""
         if len(tokens) <= 1:
@@ -116,7 +124,7 @@ class TextModel:
         pairs: Pairs,
         *,
         beams: int = BEAMS,
-        length_penalty: float = 1.0,
+        length_penalty: float = PENALTY,
         batch_tokens: int = 4096,
         batch_size: int = MOST,
         progress: Callable[[int], None] | None = None,
@@ -127,9 +135,11 @@ class TextModel:
         Texts that are longer than the model can take are cut, which is added to `notes`, or warned of.
         """
         Search(beams, length_penalty)  # which refuses what is out of bounds
+        _checked_batch(batch_size)
         most = self.network.config.max_length
         decoding = DecodingConfig(beams=beams, length_penalty=length_penalty)
-        config = RunConfig(data="", text=TextConfig(max_length=min(most, 4096)), decoding=decoding)
+        longest = min(max(most, SHORTEST), LONGEST)  # bounds of a setting; the task also keeps to the network's own
+        config = RunConfig(data="", text=TextConfig(max_length=longest), decoding=decoding)
         task = TranslationTask(self.tokenizer, config, self.network.config)
         task.into = pairs.languages[1]
         sides = [self.tokenizer.encode(side, target=k == 1) for k, side in enumerate((pairs.sources, pairs.targets))]
@@ -191,8 +201,21 @@ class TextModel:
     def _encoded(self, text: str) -> tuple[list[int], str]:
         (tokens,) = self.tokenizer.encode([text])
         most = self.network.config.max_length
-        note = f"cut after {most} of {len(tokens)} tokens, which is all that the model can take"
-        return self._cut(tokens), note if len(tokens) > most else ""
+        notes = []
+        if len(tokens) > most:
+            notes.append(f"cut after {most} of {len(tokens)} tokens, which is all that the model can take")
+        if unknown := tokens.count(self.tokenizer.unknown):
+            are = "is" if unknown == 1 else "are"
+            notes.append(f"{unknown} of {len(tokens) - 1} tokens {are} unknown to the model{self._unknown(text)}")
+        return self._cut(tokens), "; ".join(notes)
+
+    def _unknown(self, text: str) -> str:
+        """The characters that have no token, for a note."""
+        letters = [letter for letter in dict.fromkeys(text) if not letter.isspace()]
+        encoded = zip(letters, self.tokenizer.encode(letters), strict=True)
+        found = [letter for letter, tokens in encoded if self.tokenizer.unknown in tokens]
+        more = " ..." if len(found) > NAMED else ""
+        return f": {' '.join(found[:NAMED])}{more}" if found else ""
 
     def _cut(self, tokens: list[int]) -> list[int]:
         most = self.network.config.max_length
@@ -233,27 +256,33 @@ class TextModel:
 class Search:
     """How translations are found: see `TextModel.translate`."""
 
-    beams: int = BEAMS
-    length_penalty: float = 1.0
+    beams: int | None = None  # BEAMS
+    length_penalty: float | None = None  # PENALTY
     temperature: float | None = None
     top_k: int | None = None
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None  # 0
 
     def __post_init__(self) -> None:
-        drawn = self.temperature is not None
-        for name, value, sound, what in (
-            ("beams", self.beams, 1 <= self.beams <= MOST_BEAMS, f"a number from 1 to {MOST_BEAMS}"),
-            ("length_penalty", self.length_penalty, 0 <= self.length_penalty <= 10, "a number from 0 to 10"),
-            ("temperature", self.temperature, self.temperature is None or 0 < self.temperature < math.inf, "above 0"),
-            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "a whole number above 0"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", self.seed, self.seed >= 0, "0 or a whole number above"),
-            ("top_k", self.top_k, drawn or self.top_k is None, "for translations that are drawn; give a temperature"),
-            ("top_p", self.top_p, drawn or self.top_p == 1, "for translations that are drawn; give a temperature"),
+        for name, kind, sound, what in (
+            ("beams", Integral, lambda value: 1 <= value <= MOST_BEAMS, f"a whole number from 1 to {MOST_BEAMS}"),
+            ("length_penalty", Real, lambda value: 0 <= value <= 10, "a number from 0 to 10"),
+            ("temperature", Real, lambda value: 0 < value < math.inf, "above 0"),
+            ("top_k", Integral, lambda value: value >= 1, "a whole number above 0"),
+            ("top_p", Real, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("seed", Integral, lambda value: value >= 0, "0 or a whole number above"),
         ):
-            if not sound:
-                raise UserError(f"{name} {value}: is {'' if what.startswith('for') else 'to be '}{what}")
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, kind) and sound(value)):
+                raise UserError(f"{name} {value!r}: is to be {what}")
+        if self.temperature is None:
+            wrong, what = ("top_k", "top_p", "seed"), "is for translations that are drawn; give a temperature"
+        else:
+            wrong, what = ("beams", "length_penalty"), "is for a search; leave it out, or the temperature"
+        for name in wrong:
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("top_p", 1):
+                raise UserError(f"{name} {value!r}: {what}")
 
     @property
     def scored(self) -> bool:
@@ -262,14 +291,37 @@ class Search:
     def __call__(self, network: Translator, source: Tensor, most: list[int], number: int) -> list[Hypothesis]:
         """One for each text of a batch, whose `number` makes it draw other tokens than its neighbours."""
         if self.temperature is None:
-            found = beam_search(network, source, most, beams=self.beams, length_penalty=self.length_penalty)
+            beams = BEAMS if self.beams is None else self.beams
+            penalty = PENALTY if self.length_penalty is None else self.length_penalty
+            found = beam_search(network, source, most, beams=beams, length_penalty=penalty)
             return [several[0] for several in found]
-        (state,) = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
+        (state,) = np.random.SeedSequence([self.seed or 0, number]).generate_state(1, np.uint64)
         generator = torch.Generator(source.device).manual_seed(int(state) >> 1)
         drawn = sample(
             network, source, most, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator
         )
         return [Hypothesis(tuple(each), 0.0, len(each) == m - 1) for each, m in zip(drawn, most, strict=True)]
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """A text in a message."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}..."
+
+
+def _as_texts(texts: Any) -> list[str]:
+    """One text is a list of one; what is no text is a UserError that says which."""
+    several = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    for i, text in enumerate(several):
+        if not isinstance(text, str):
+            where = f"text {i}" if isinstance(texts, Iterable) else "texts"
+            raise UserError(f"{where}: is {text!r:.60}, which is no text; give a str, or a list of them")
+    return several
+
+
+def _checked_batch(size: Any) -> int:
+    if not isinstance(size, Integral) or size < 1:
+        raise UserError(f"batch_size {size!r}: is to be a whole number above 0")
+    return int(size)
 
 
 def relevance(network: Translator, source: Tensor, inputs: Tensor, said: Sequence[int]) -> np.ndarray:

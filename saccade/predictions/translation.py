@@ -27,7 +27,8 @@ class Translation:
 
     source: str
     text: str
-    score: float | None = None  # mean logarithm of its tokens' probabilities; none where it was drawn or greedy
+    # sum of its tokens' logarithmic probabilities / length ** length_penalty (at 1 their mean); none where it was drawn
+    score: float | None = None
     cut: bool = False  # it ended by the limit, not by itself
     note: str = ""  # what was changed on the way
     source_tokens: tuple[str, ...] = ()
@@ -39,6 +40,11 @@ class Translation:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def name(self) -> str:
+        """For a file: the beginning of the text."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.source[:NAME]).strip("-") or "text"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -60,8 +66,7 @@ class Translation:
         """
         if self.relevance is None:
             raise UserError("there is nothing to draw: translate with explained=True, or with --save")
-        named = "".join(letter if letter.isalnum() else "-" for letter in self.source[:NAME]).strip("-") or "text"
-        written = write_new(self._draw(), path, f"{named}.png")
+        written = write_new(self._draw(), path, f"{self.name}.png")
         data = written.with_suffix(".json")
         if data.exists():  # that of a picture of another format
             data = written.with_name(f"{written.name}.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +51,7 @@ class Imported:
     provenance: str
     format: Format
     tokenizer: str | None = None
+    languages: tuple[str, str] | None = None
 
     def card(self) -> ModelCard:
         """The description for a model file."""
@@ -60,6 +62,7 @@ class Imported:
             class_names=self.class_names,
             preprocessing=self.preprocessing,
             tokenizer=self.tokenizer,
+            languages=self.languages,
             training_data=self.training_data,
             licence=self.licence,
             provenance=self.provenance,
@@ -98,11 +101,12 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
         notes.append(f"the head for {classes} classes is left out, as asked")
         classes = 0
     known = next((each for every in PUBLISHED.values() for each in every if each.name == raw.where), None)
-    tokenizer, found = None, []
+    tokenizer, languages, found = None, None, []
     if isinstance(row, TranslatorRow):
         assert form.tokenizer is not None
         tokenizer, preprocessing = form.tokenizer(raw.tokenizer, raw.where), PreprocessingConfig()
         check_tokenizer(row, read_tokenizer(tokenizer, raw.where), raw.where)
+        languages = _languages(raw)
     else:
         preprocessing, found = read_preprocessing(raw.where, raw.config, raw.preprocessor, row, form.usual(row))
     class_names, more = read_class_names(raw.config, classes, _is_imagenet(raw, form, known), task_of(row))
@@ -120,6 +124,7 @@ def import_weights(raw: RawWeights, *, model: str | None = None, keep_head: bool
         f"{raw.origin}; read as {form.name} by saccade {__version__}",
         form,
         tokenizer,
+        languages,
     )
 
 
@@ -143,6 +148,16 @@ def check_tokenizer(row: TranslatorRow, tokenizer: Tokenizer, where: str) -> Non
                 f"{where}: {share:.0%} of the pieces of {name} are not in vocab.json; they are not of one model, get "
                 "all of them anew"
             )
+
+
+def _languages(raw: RawWeights) -> tuple[str, str] | None:
+    """From and into, where what lies beside the weights says so."""
+    try:
+        said = json.loads(raw.tokenizer.get("tokenizer_config.json", b"{}"))
+        of, into = said.get("source_lang"), said.get("target_lang")
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{raw.where}: tokenizer_config.json is damaged; get it anew, or remove it") from None
+    return (of, into) if of and into and isinstance(of, str) and isinstance(into, str) else None
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from saccade.backbones.base import Row
 from saccade.errors import UserError
 from saccade.models import read_row
+from saccade.models.translator import TranslatorRow
 from saccade.tokenizer import MarianTokenizer, read_tokenizer
 from saccade.weights.convert import describe_network, import_weights
 from saccade.weights.descriptions import bounds, write_preprocessor, write_pretrained_cfg
@@ -54,6 +56,9 @@ class Conversion:
     parameters: int
     classes: int
     image_size: int
+    vocabulary: int  # of a model of texts, 0 of others; so is the next
+    longest_text: int  # in tokens
+    languages: tuple[str, str] | None  # from, into
     licence: str
     training_data: str
     provenance: str
@@ -61,10 +66,16 @@ class Conversion:
 
     def lines(self) -> list[str]:
         """For people."""
-        head = f"{self.classes} classes" if self.classes else "no head"
-        side = f"{self.image_size}x{self.image_size} pixels"
+        count = self.parameters
+        size = f"{count / 1e6:.1f} M parameters" if count >= 1e5 else f"{count:,} parameters"
+        if self.vocabulary:
+            direction = [f"from {self.languages[0]} into {self.languages[1]}"] if self.languages else []
+            more = [f"{self.vocabulary} tokens", *direction, f"texts of at most {self.longest_text} tokens"]
+        else:
+            head = f"{self.classes} classes" if self.classes else "no head"
+            more = [head, f"{self.image_size}x{self.image_size} pixels"]
         return [
-            f"{self.model}: {self.family}, {self.about}, {self.parameters / 1e6:.1f} M parameters, {head}, {side}",
+            f"{self.model}: {', '.join((self.family, self.about, size, *more))}",
             f"read as:  {self.read_as}",
             f"licence:  {self.licence}",
             *([f"data:     {self.training_data}"] if self.training_data else []),
@@ -115,6 +126,7 @@ def convert(
         files = export_weights(card, weights, DIALECTS[to], str(source))
         notes = [*notes, *_about_sizes(files, card)]
         write_folder(out, files)
+    text = isinstance(row, TranslatorRow)
     return Conversion(
         source=str(source),
         out=str(out),
@@ -125,7 +137,10 @@ def convert(
         about=row.about,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         classes=len(card.class_names),
-        image_size=card.preprocessing.image_size,
+        image_size=0 if text else card.preprocessing.image_size,
+        vocabulary=row.vocabulary if text else 0,
+        longest_text=row.max_length if text else 0,
+        languages=card.languages,
         licence=card.licence,
         training_data=card.training_data,
         provenance=card.provenance,
@@ -174,7 +189,8 @@ def _without_head(
 def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str, where: str = "") -> dict[str, bytes]:
     """The files of a folder in the hub's layout, by name."""
     row, classes = read_row(card.architecture, where or card.model), len(card.class_names)
-    form, config, theirs = _write(row, classes, weights, dialect, where or card.model)
+    others = [flag for flag, each in DIALECTS.items() if each != dialect and _has_words(card, row, each)]
+    form, config, theirs = _write(row, classes, weights, dialect, where or card.model, others)
     theirs |= _mask_token(theirs, config)
     files = {
         "model.safetensors": serialise(theirs, {"format": "pt"}),
@@ -182,7 +198,9 @@ def export_weights(card: ModelCard, weights: Mapping[str, Tensor], dialect: str,
         "README.md": _readme(card).encode(),
     }
     if card.tokenizer is not None:
+        assert isinstance(row, TranslatorRow)
         files |= tokenizer_files(card.tokenizer, where or card.model)
+        files |= {name: _json(values) for name, values in _translating(row, card.languages).items()}
     elif dialect == "huggingface":
         files["preprocessor_config.json"] = _json(write_preprocessor(card.preprocessing, form.processor))
     return files
@@ -197,6 +215,37 @@ def tokenizer_files(text: str, where: str = "the model") -> dict[str, bytes]:
     return {"source.spm": source, "target.spm": target, "vocab.json": json.dumps(tokenizer.vocabulary).encode()}
 
 
+def _translating(row: TranslatorRow, languages: tuple[str, str] | None) -> dict[str, dict[str, Any]]:
+    """What transformers' tokenizer and `generate` are to know, so that they find what four beams find here."""
+    named = dict(zip(("source_lang", "target_lang"), languages, strict=True)) if languages else {}
+    tokens = {"tokenizer_class": "MarianTokenizer", "model_max_length": row.max_length, "separate_vocabs": False}
+    search = {
+        "num_beams": 4,
+        "max_length": row.max_length,
+        "decoder_start_token_id": row.begin,
+        "eos_token_id": row.end,
+        "forced_eos_token_id": row.end,
+        "pad_token_id": row.pad,
+        "bad_words_ids": [[row.pad]],
+        "renormalize_logits": True,
+    }
+    return {"tokenizer_config.json": {**tokens, **named}, "generation_config.json": search}
+
+
+def _has_words(card: ModelCard, row: Row, dialect: str) -> bool:
+    """Can a model be written for these others?"""
+    classes = len(card.class_names)
+    if card.tokenizer is not None and not isinstance(read_tokenizer(card.tokenizer, card.model), MarianTokenizer):
+        return False
+    for form in FORMATS:
+        if (form.family, form.dialect) == (row.family, dialect):
+            with suppress(NoWords):
+                form.write_config(row, classes)
+                form.rules(row, classes)
+                return True
+    return False
+
+
 def _mask_token(theirs: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     dimensions = MASK_TOKENS.get(str(config.get("model_type")))
     beside = next((name for name in theirs if name.endswith("embeddings.cls_token")), None)
@@ -207,15 +256,16 @@ def _mask_token(theirs: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
 
 
 def _write(
-    row: Row, classes: int, weights: Mapping[str, Tensor], dialect: str, where: str
+    row: Row, classes: int, weights: Mapping[str, Tensor], dialect: str, where: str, others: list[str]
 ) -> tuple[Format, dict[str, Any], dict[str, Tensor]]:
-    """The first format of the dialect that has words for the model, its config.json and the weights in it."""
+    """The first format of the dialect that has words for the model, its config.json and the weights in it.
+
+    `others`: values of --to that can write it where this one cannot.
+    """
     family = row.family
     found = [each for each in FORMATS if each.family == family and each.dialect == dialect]
     if not found:
-        others = [each.dialect for each in FORMATS if each.family == family and each.dialect in DIALECTS.values()]
-        flags = {dialect: flag for flag, dialect in DIALECTS.items()}
-        instead = f"; --to {flags[others[0]]} can" if others else ""
+        instead = f"; --to {others[0]} can" if others else ""
         raise UserError(f"{where}: a {family} cannot be written for {dialect}, which has no such model{instead}")
     reasons: list[str] = []
     for form in found:

@@ -13,7 +13,7 @@ from saccade.errors import UserError
 NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 PREFIXES = ("https://huggingface.co/", "hf-hub:", "hf://")
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")  # of other trainers
-TOKENIZER = ("source.spm", "target.spm", "vocab.json")  # files of a model of texts
+TOKENIZER = ("source.spm", "target.spm", "vocab.json", "tokenizer_config.json")  # files of a model of texts
 BESIDE = ("config.json", "preprocessor_config.json", "README.md", *TOKENIZER)
 WAIT = 10.0  # seconds for the hub's first answer
 

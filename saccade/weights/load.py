@@ -20,6 +20,7 @@ from saccade.weights.convert import check_tokenizer, import_weights, refuse_absu
 from saccade.weights.model_file import ModelCard, check_weights, find_model, load_model_file, read_metadata
 from saccade.weights.recognition import ODD
 from saccade.weights.source import open_weights
+from saccade.words import with_article
 
 PREFIX = "backbone."
 
@@ -160,12 +161,11 @@ def initial_translator(config: RunConfig, tokenizer: Tokenizer) -> tuple[Transla
     else:
         loaded = load_weights(config.weights)
         row = loaded.row
+        held = f"{loaded.where}: holds {with_article(loaded.card.model)}"
         if not isinstance(row, TranslatorRow):
-            raise UserError(f"{loaded.where}: holds a {loaded.card.model}, which does not translate")
+            raise UserError(f"{held}, which does not translate")
         if config.model != loaded.card.model:
-            raise UserError(
-                f"{loaded.where}: holds a {loaded.card.model}, not a {config.model}; leave --model out, or give that"
-            )
+            raise UserError(f"{held}, not {with_article(config.model)}; leave --model out, or give that")
         check_tokenizer(row, tokenizer, loaded.where)
         known = loaded.card.training_data or "unknown data"
         notes = [f"weights from {loaded.where} ({known}; licence: {loaded.card.licence})", *loaded.notes]
@@ -180,12 +180,11 @@ def starting_row(config: RunConfig, loaded: Loaded) -> Row:
     """The architecture of a run that starts from weights: theirs, or a detector around them."""
     model, where, row = config.model, loaded.where, loaded.row
     wanted = {**BACKBONES, **DETECTORS}.get(model)
+    held = f"{where}: holds {with_article(loaded.card.model)}"
     if isinstance(wanted, DetectorRow) and not isinstance(row, DetectorRow):
         if wanted.backbone.is_like(row):
             return wanted
-        raise UserError(f"{where}: holds a {loaded.card.model}; a {model} is built on {wanted.backbone.about}")
+        raise UserError(f"{held}; {with_article(model)} is built on {wanted.backbone.about}")
     if model != loaded.card.model and not (wanted is not None and wanted.is_like(row)):
-        raise UserError(
-            f"{where}: holds a {loaded.card.model}, not a {model}; leave --model out, or give that name"
-        )
+        raise UserError(f"{held}, not {with_article(model)}; leave --model out, or give that name")
     return row

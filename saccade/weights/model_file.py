@@ -139,6 +139,8 @@ def find_model(source: str | Path) -> Path:
     if path.is_dir():
         if not (path / "model.safetensors").is_file():
             what = "the run has not reached its first evaluation yet" if (path / "config.json").exists() else "no run"
+            if (path / "metrics.csv").exists():  # which is written with it
+                what = "the run had one; bring it back, or train anew"
             raise UserError(f"{path}: holds no model.safetensors ({what})")
         return path / "model.safetensors"
     if not path.exists():

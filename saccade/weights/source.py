@@ -52,7 +52,7 @@ def open_weights(source: str | Path, *, branch: str | None = None) -> RawWeights
     beside = path.parent != Path() and path.parent.is_dir()  # so a path is meant, though it looks like a name
     if name is None or path.suffix in SUFFIXES or beside:
         also = f"; if it is a name on the hub, write hf-hub:{where}" if name and beside else ""
-        raise UserError(_not_there(where) + also)
+        raise UserError(_not_there(where).removesuffix("?" if also else "") + also)
     folder, notes = fetch(*name)
     return _open_folder(folder, where, f"huggingface.co/{name[0]}", branch, notes=notes)
 

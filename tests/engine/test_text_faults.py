@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import saccade
 from saccade.cli import main
+from saccade.cli_texts import arriving_lines
 from saccade.config import PreprocessingConfig, RunConfig, TextConfig
 from saccade.engine.distributed import World
 from saccade.engine.text_data import TextData
@@ -23,6 +26,7 @@ from saccade.models import build_network
 from saccade.models.transformer import TransformerRow
 from saccade.recipes import resolve
 from saccade.tokenizer import learn_tokenizer
+from saccade.weights.export import convert
 from saccade.weights.load import load_weights
 from saccade.weights.model_file import ModelCard, read_metadata, save_model
 
@@ -129,7 +133,7 @@ def test_data(
         (["--input=folder"], ["folder: is a folder", "give a file"]),
         (["--input=latin.txt"], ["latin.txt:1: not UTF-8", "iconv"]),
         (["--input=empty.txt"], ["empty.txt: is empty"]),
-        (["--input=blank.txt"], ["blank.txt: is empty"]),
+        (["-"], ["for the lines of standard input, use --input -"]),
         ([""], ["is empty"]),
         ([], ["nothing given"]),
         (["\udcff and more"], [r"\udcff", "is not UTF-8", "--input FILE"]),
@@ -143,11 +147,10 @@ def test_what_cannot_be_translated(
     (tmp_path / "folder").mkdir()
     (tmp_path / "latin.txt").write_bytes("schön\n".encode("latin1"))
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "blank.txt").write_text("\n \n")
     assert main(["predict", str(model), *arguments, "--device=cpu"]) == 2
     shown = capsys.readouterr()
     assert all(part in shown.err for part in parts) and "Traceback" not in shown.err
-    assert len(list(tmp_path.iterdir())) == 4 and (tmp_path / "empty.txt").read_text() == ""
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "empty.txt").read_text() == ""
 
 
 def test_what_is_odd_is_translated(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,9 +161,60 @@ def test_what_is_odd_is_translated(model: Path, tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert len(found) == len(lines) and found[1]["translation"] == ""
-    assert "cut after 24 of 81 tokens" in shown.err
+    assert "odd.txt, line 6: 'A dog A dog" in shown.err and "cut after 24 of 81 tokens" in shown.err
+    assert "odd.txt, line 1: '☃ 你好 🎉': 4 of 7 tokens are unknown to the model: ☃ 你 好 🎉\n" in shown.err
     half = TextModel.load(model, device="cpu").translate("a dog \ud800")  # Python's strings may hold that
     assert len(half) == 1
+
+
+def test_standard_input(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(data: bytes, *flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        code = main(["predict", str(model), "--input", "-", "--device=cpu", *flags])
+        return code, *capsys.readouterr()
+
+    lines = [ENGLISH[0], "", ENGLISH[1]]
+    write(tmp_path / "lines.txt", lines)
+    assert main(["predict", str(model), f"--input={tmp_path / 'lines.txt'}", "--device=cpu"]) == 0
+    expected = capsys.readouterr().out
+    assert len(expected.splitlines()) == 3
+    assert found("\r\n".join(lines).encode("utf-8-sig"))[:2] == (0, expected)
+    assert len(found("\n".join(lines).encode(), "--stream")[1].splitlines()) == 3
+    assert found(b"A dog.\n" * 40_000, "--temperature=1", "--beams=2")[0] == 2
+    assert "is for a search" in found(b"A dog.", "--temperature=1", "--beams=2")[2]
+    assert found(b"\n\n")[:2] == (0, "\n\n")
+    assert "standard input: is empty" in found(b"")[2]
+    assert "standard input, line 2: not UTF-8 (byte 0xf6)" in found("A dog.\nschön".encode("latin1"))[2]
+    assert "standard input, line 2: 'A dog A dog" in found(b"A dog.\n" + b"A dog " * 40)[2]
+
+
+def test_lines_arrive_as_they_are_written() -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stream:
+        lines = arriving_lines(stream)
+        os.write(writing, b"one\ntwo\nthr")
+        assert next(lines) == ["one", "two"]
+        os.write(writing, b"ee\nfour")
+        assert next(lines) == ["three"]
+        os.close(writing)
+        assert list(lines) == [["four"]]
+
+
+def test_of_many_notes_the_first_are_shown(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "lines.txt", ["☃"] * 14)
+    assert main(["predict", str(model), f"--input={tmp_path / 'lines.txt'}", "--device=cpu"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "did not end" not in line]
+    assert len(notes) == 11 and notes[-1] == "note: the like of 4 texts more"
+
+
+def test_blank_lines_stay_blank(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "blank.txt").write_text("\n \n")
+    assert main(["predict", str(model), f"--input={tmp_path / 'blank.txt'}", "--device=cpu"]) == 0
+    assert capsys.readouterr().out == "\n\n"
 
 
 # --- the model file --------------------------------------------------------------------------------------------------
@@ -213,6 +267,13 @@ def test_model_file(spoil: Callable[[dict[str, Any]], None], message: str, model
     save_file(load_file(model), tmp_path / "m.safetensors", {**metadata, "saccade": json.dumps(card)})
     with pytest.raises(UserError, match=f"^[^:]*m.safetensors: (?!.*m.safetensors).*{message}"):
         TextModel.load(tmp_path / "m.safetensors", device="cpu")
+
+
+def test_what_no_other_library_has_is_not_promised(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written for timm, which has no such model$"):
+        convert(model, tmp_path / "out", to="timm")
+    with pytest.raises(UserError, match="cannot be written as Marian"):
+        convert(model, tmp_path / "out", to="hf")
 
 
 def test_weights_that_are_no_numbers(model: Path, tmp_path: Path) -> None:

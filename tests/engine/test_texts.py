@@ -93,7 +93,7 @@ def test_drawn_translations_depend_on_the_seed(model: TextModel) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beams": 0}, "beams 0: is to be a number from 1 to 64"),
+        ({"beams": 0}, "beams 0: is to be a whole number from 1 to 64"),
         ({"beams": 65}, "beams 65: is to be"),
         ({"length_penalty": -1.0}, "length_penalty -1.0: is to be"),
         ({"temperature": 0.0}, "temperature 0.0: is to be above 0"),
@@ -102,11 +102,64 @@ def test_drawn_translations_depend_on_the_seed(model: TextModel) -> None:
         ({"temperature": 1.0, "top_p": 1.5}, "top_p 1.5: is to be"),
         ({"seed": -1}, "seed -1: is to be"),
         ({"top_k": 5}, "top_k 5: is for translations that are drawn; give a temperature"),
+        ({"seed": 3}, "seed 3: is for translations that are drawn; give a temperature"),
+        ({"temperature": 1.0, "beams": 2}, "beams 2: is for a search; leave it out, or the temperature"),
+        ({"temperature": 1.0, "length_penalty": 1.0}, "length_penalty 1.0: is for a search"),
+        ({"beams": 2.5}, "beams 2.5: is to be a whole number"),
+        ({"beams": "2"}, "beams '2': is to be a whole number"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k 2.5: is to be a whole number"),
+        ({"batch_size": -1}, "batch_size -1: is to be a whole number above 0"),
+        ({"batch_size": 0}, "batch_size 0: is to be"),
     ],
 )
 def test_impossible_searches_are_refused(model: TextModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         model.translate("A dog.", **options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([5], "text 0: is 5, which is no text; give a str, or a list of them"),
+        (["a", None], "text 1: is None, which is no text; give a str"),
+        (None, "texts: is None, which is no text; give a str"),
+        (b"a dog", "text 0: is 97, which"),
+    ],
+)
+def test_what_is_no_text_is_refused(model: TextModel, texts: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        model.translate(texts)
+
+
+@pytest.mark.parametrize("temperature", [1e-60, 1e-42, 1e-12, 1e300])
+def test_extreme_temperatures(model: TextModel, temperature: float) -> None:
+    found = model.translate(TEXT, temperature=temperature)
+    assert len(found) == len(TEXT)
+    if temperature < 1:
+        assert [each.text for each in found] == [each.text for each in model.translate(TEXT, beams=1)]
+
+
+def test_unknown_characters_are_said(model: TextModel) -> None:
+    (result,) = model.translate("犬 A dog 犬.")
+    assert re.fullmatch(r"2 of \d+ tokens are unknown to the model: 犬", result.note)
+    with pytest.warns(UserWarning, match="'犬': 1 of . tokens is unknown to the model: 犬"):
+        list(model.stream("犬"))
+    (long,) = model.translate("dog " * 60 + "猫")
+    assert "cut after 24 of" in long.note and "unknown to the model: 猫" in long.note
+
+
+def test_predict_is_translate(model: TextModel) -> None:
+    assert [each.text for each in model.predict(TEXT)] == [each.text for each in model.translate(TEXT)]
+
+
+def test_evaluation_of_a_model_for_very_short_texts(tmp_path: Path) -> None:
+    for language, line in (("en", "A dog runs."), ("de", "Ein Hund.")):
+        (tmp_path / f"val.{language}").write_text(f"{line}\n")
+    for most in (2, 3):
+        path = make_model(tmp_path / f"{most}.safetensors", heads=2, hidden=24, encoder_depth=1, max_length=most)
+        notes: list[str] = []
+        report = TextModel.load(path, device="cpu").evaluate(open_pairs(tmp_path, None), beams=1, notes=notes)
+        assert report.texts == 1 and report.tokens == most and report.written <= most and len(notes) == 1
 
 
 def test_stream_warns_of_a_text_that_is_cut(model: TextModel) -> None:
@@ -173,8 +226,13 @@ def test_command(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["predict", str(file), "--input", str(tmp_path / "lines.txt"), "--device=cpu"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert main(["predict", str(file), "A dog runs.", "--json", "--device=cpu", "--save", str(tmp_path / "out")]) == 0
-    (facts,) = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    (facts,) = json.loads(shown.out)
     assert facts["source"] == "A dog runs." and Path(facts["picture"]).exists()
+    assert f"the picture is {facts['picture']}" in shown.err
+    assert main(["predict", str(file), f"--input={tmp_path / 'lines.txt'}", f"--save={tmp_path / 'out'}"]) == 0
+    assert f"2 pictures are in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert {"0001-A-dog-runs.png", "0003-A-cat-sleeps.png"} <= {each.name for each in (tmp_path / "out").iterdir()}
     for arguments, message in (
         (["predict", file], "nothing given"),
         (["predict", file, "A dog.", "--input", tmp_path / "lines.txt"], "give one of both"),
@@ -217,10 +275,22 @@ def test_evaluate(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(arguments) == 0
     assert "2 beams" in capsys.readouterr().out
     assert main([*arguments[:3], "--beams=100", "--device=cpu"]) == 2
-    assert "beams 100: is to be a number from 1 to 64" in capsys.readouterr().err
+    assert "beams 100: is to be a whole number from 1 to 64" in capsys.readouterr().err
     assert main([*arguments[:3], "--length-penalty=0.5", "--text.source=de", "--device=cpu"]) == 0
     assert "4 beams, length penalty 0.5" in (shown := capsys.readouterr().out) and TEXT[2] in shown
     lines = (tmp_path / "out" / "translations.tsv").read_text().splitlines()
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        (tmp_path / "out", "holds the report of before (metrics.json); choose another --out"),
+        (tmp_path / "file", f"{tmp_path / 'file'} is a file; choose another --out"),
+        (tmp_path / "file" / "inside", f"{tmp_path / 'file'} is a file; choose another --out"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("saccade.api.evaluate", None)  # refused before the work
+            assert main([*arguments[:-1], str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len(lines) == 3 and json.loads((tmp_path / "out" / "metrics.json").read_text())["texts"] == 2
 
 

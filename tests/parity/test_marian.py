@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -267,6 +268,32 @@ def test_written_for_transformers(folder: Path, tmp_path: Path) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     texts_of = [transformers.MarianTokenizer.from_pretrained(place) for place in places]
     assert texts_of[0](SENTENCES)["input_ids"] == texts_of[1](SENTENCES)["input_ids"]
+    assert (texts_of[1].source_lang, texts_of[1].target_lang) == ("xx", "yy")
+    network, card = load_network(tmp_path / "m.safetensors")
+    assert isinstance(network, Transformer) and card.languages == ("xx", "yy")
+    model = transformers.MarianMTModel.from_pretrained(tmp_path / "back").eval()
+    given = texts_of[1](SENTENCES, padding=True, return_tensors="pt")
+    found = model.generate(**given, max_length=21)
+    row, cut = network.config, [each[1:] for each in found.tolist()]
+    mine = beam_search(network, given["input_ids"], 20, beams=4)
+    assert [each[: each.index(row.end)] for each in cut] == [list(several[0].tokens) for several in mine]
+    assert model.generation_config.max_length == row.max_length
+
+
+def test_what_was_read_is_described(folder: Path, tmp_path: Path) -> None:
+    found = convert(folder, tmp_path / "m.safetensors")
+    (first, *_) = found.lines()
+    assert re.search(r", [\d,]+ parameters, \d+ tokens, from xx into yy, texts of at most 64 tokens$", first)
+    assert "pixels" not in first and (found.image_size, found.longest_text, found.languages) == (0, 64, ("xx", "yy"))
+    with pytest.raises(UserError, match="cannot be written for timm, which has no such model; --to hf can$"):
+        convert(folder, tmp_path / "back", to="timm")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="tokenizer_config.json is damaged"):
+        load_network(copy)
+    (copy / "tokenizer_config.json").unlink()
+    assert load_network(copy)[1].languages is None
 
 
 def test_older_files_hold_copies_and_positions(folder: Path, tmp_path: Path) -> None:
