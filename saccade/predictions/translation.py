@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saccade.drawing import FAINT, chart_style
+from saccade.drawing import FAINT, chart_style, shorten
 from saccade.errors import UserError
 from saccade.predictions.cards import write_new
 
@@ -19,6 +20,21 @@ INCH = 0.34  # of a token's row or column
 LONG = 60  # tokens; more cannot be read in one picture
 EVEN = 3  # times an even share of all tokens is the darkest, at least: what is taken from all alike must look pale
 NAME = 40  # letters of a file's name
+LETTERS = 13  # of a title in an inch
+MARKS = {"·": "goes on with the word", "■": "the end", "⁇": "not known to the model"}
+
+
+def _labels(tokens: Sequence[str]) -> list[str]:
+    """As they are shown: what goes on with the word before has a mark, what begins one its letters alone."""
+    labels = []
+    for i, token in enumerate(tokens):
+        begins = token.startswith(" ") or i == 0 or not token[:1].isalnum() or not tokens[i - 1][-1:].isalnum()
+        labels.append((token.removeprefix(" ") or "␣") if begins else f"·{token}")
+    return labels
+
+
+def _darkest(table: np.ndarray) -> float:
+    return max(float(table.max()), min(1.0, EVEN / table.shape[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,21 +102,27 @@ class Translation:
             tables.insert(0, ("attention to the text", self.alignment))
         T, S = (min(LONG, length) for length in self.relevance.shape)
         with chart_style():
-            width = len(tables) * (INCH * S + 1.6) + 0.4
-            figure = Figure(figsize=(max(width, 4.5), max(INCH * T + 2.0, 3.0)), layout="constrained")
+            width = max(len(tables) * (INCH * S + 1.6) + 0.4, 6.0)
+            figure = Figure(figsize=(width, max(INCH * T + 2.6, 3.6)), layout="constrained")
+            letters = int(width * LETTERS)
+            figure.suptitle(f"{shorten(self.source, letters)}\n{shorten(self.text, letters)}", fontsize=10)
+            darkest = [f"{100 * _darkest(table):.0f} %" for _, table in tables]
+            marks = [f"white 0, darkest {' left and '.join(darkest)}{' right' if len(darkest) > 1 else ''}"]
             axes = figure.subplots(1, len(tables), squeeze=False)[0]
             for axis, (title, table) in zip(axes, tables, strict=True):
-                darkest = max(float(table.max()), min(1.0, EVEN / table.shape[1]))
-                axis.imshow(table[:T, :S], cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
+                axis.imshow(table[:T, :S], cmap="Blues", vmin=0, vmax=_darkest(table), aspect="auto")
                 axis.set_title(title)
-                names = [name.replace(" ", "", 1) or "␣" for name in self.source_tokens[:S]]
+                names = _labels(self.source_tokens[:S])
                 axis.set_xticks(range(S), names, rotation=60, ha="left", rotation_mode="anchor")
-                axis.set_yticks(range(T), [name.replace(" ", "", 1) or "␣" for name in self.tokens[:T]])
+                axis.set_yticks(range(T), _labels(self.tokens[:T]))
                 axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
                 for spine in axis.spines.values():
                     spine.set_visible(False)
+            shown = [*self.source_tokens[:S], *self.tokens[:T]]
+            marks += [f"{mark} {what}" for mark, what in MARKS.items() if any(mark in each for each in _labels(shown))]
             if self.relevance.shape != (T, S):
-                figure.supxlabel(f"the first {LONG} tokens of either side", fontsize=9, color=FAINT)
+                marks.append(f"the first {LONG} tokens of either side")
+            figure.supxlabel("; ".join(marks), fontsize=9, color=FAINT)
             file = io.BytesIO()
             figure.savefig(file, dpi=130, format="png")
         return Image.open(file).convert("RGB")
