@@ -212,8 +212,8 @@ def memory(ours: Timed, beams: int) -> dict[str, Any]:
     tokens = torch.full((1, beams), ours.config.begin)
     for _ in range(511):
         state.advance(tokens)
-    used = state.past.used * state.past.kept[:, :, :1].numel() * state.past.kept.element_size()
-    return {"tokens": 512, "kept_mb": used / 2**20, "with_text_of_32_mb": state.past.bytes / 2**20}
+    store = state.past.kept.numel() * state.past.kept.element_size()
+    return {"tokens": 512, "translation_mb": store / 2**20, "text_mb": (state.past.bytes - store) / 2**20}
 
 
 def main() -> None:

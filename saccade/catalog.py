@@ -127,8 +127,7 @@ def render_models(name: str | None = None, task: str | None = None) -> None:
     width = max(len(m.name) for m in models)
     for each in dict.fromkeys(m.task for m in models):
         console.print(_table([m for m in models if m.task == each], width, console.width))
-        if name is None or each == "translate":
-            print(f"\n{HEADS[each]}; {OTHERS.get(each, USUAL_OTHERS)}.{'' if name else chr(10)}")
+        print(f"\n{HEADS[each]}; {OTHERS.get(each, USUAL_OTHERS)}." + ("\n" if name is None else ""))
     if name is None:
         print("weights: how many published ones are known to fit; `saccade models NAME` names them.")
         return

@@ -151,6 +151,9 @@ def test_the_table_of_translators(capsys):
     render_models("marian_base")
     shown = capsys.readouterr().out
     assert "Helsinki-NLP/opus-mt-en-de\n  OPUS" in shown and "licence: cc-by-4.0" in shown
+    render_models("transformer_tiny")
+    shown = capsys.readouterr().out
+    assert "vocabulary of 10,000 tokens" in shown and "for few pairs trains the Transformers pre-norm" in shown
 
 
 def test_one_model_with_its_weights(capsys):

@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from saccade.drawing import FAINT, chart_style, shorten
+from saccade.drawing import FAINT, INK, chart_style, shorten
 from saccade.errors import UserError
 from saccade.predictions.cards import write_new
 
@@ -20,21 +21,9 @@ INCH = 0.34  # of a token's row or column
 LONG = 60  # tokens; more cannot be read in one picture
 EVEN = 3  # times an even share of all tokens is the darkest, at least: what is taken from all alike must look pale
 NAME = 40  # letters of a file's name
-LETTERS = 13  # of a title in an inch
-MARKS = {"·": "goes on with the word", "■": "the end", "⁇": "not known to the model"}
-
-
-def _labels(tokens: Sequence[str]) -> list[str]:
-    """As they are shown: what goes on with the word before has a mark, what begins one its letters alone."""
-    labels = []
-    for i, token in enumerate(tokens):
-        begins = token.startswith(" ") or i == 0 or not token[:1].isalnum() or not tokens[i - 1][-1:].isalnum()
-        labels.append((token.removeprefix(" ") or "␣") if begins else f"·{token}")
-    return labels
-
-
-def _darkest(table: np.ndarray) -> float:
-    return max(float(table.max()), min(1.0, EVEN / table.shape[1]))
+TITLE = 70  # characters of either text in a picture's title
+END, UNKNOWN, SPACE = "■", "⁇", "␣"
+MARKS = {END: "is the end", UNKNOWN: "a token that the model does not know", SPACE: "a space"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,34 +84,65 @@ class Translation:
 
     def _draw(self) -> Image.Image:
         from matplotlib.figure import Figure
+        from matplotlib.transforms import ScaledTranslation
 
         assert self.relevance is not None
         tables = [("relevance, by gradients", self.relevance)]
         if self.alignment is not None:
             tables.insert(0, ("attention to the text", self.alignment))
         T, S = (min(LONG, length) for length in self.relevance.shape)
+        said, given = self.tokens[:T], self.source_tokens[:S]
+        width = max(len(tables) * (INCH * S + 1.6) + 0.4, 4.5)
+        title = f"{shorten(self.source, TITLE)}  →  {shorten(self.text, TITLE)}"
         with chart_style():
-            width = max(len(tables) * (INCH * S + 1.6) + 0.4, 6.0)
-            figure = Figure(figsize=(width, max(INCH * T + 2.6, 3.6)), layout="constrained")
-            letters = int(width * LETTERS)
-            figure.suptitle(f"{shorten(self.source, letters)}\n{shorten(self.text, letters)}", fontsize=10)
-            darkest = [f"{100 * _darkest(table):.0f} %" for _, table in tables]
-            marks = [f"white 0, darkest {' left and '.join(darkest)}{' right' if len(darkest) > 1 else ''}"]
+            figure = Figure(figsize=(width, max(INCH * T + 3.2, 4.0)), layout="constrained")
+            figure.suptitle(fill(title, round(9 * width)), x=0.01, ha="left", fontsize=12, fontweight="bold")
             axes = figure.subplots(1, len(tables), squeeze=False)[0]
-            for axis, (title, table) in zip(axes, tables, strict=True):
-                axis.imshow(table[:T, :S], cmap="Blues", vmin=0, vmax=_darkest(table), aspect="auto")
-                axis.set_title(title)
-                names = _labels(self.source_tokens[:S])
-                axis.set_xticks(range(S), names, rotation=60, ha="left", rotation_mode="anchor")
-                axis.set_yticks(range(T), _labels(self.tokens[:T]))
-                axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+            for axis, (name, table) in zip(axes, tables, strict=True):
+                darkest = max(float(table.max()), min(1.0, EVEN / table.shape[1]))
+                axis.imshow(table[:T, :S], cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
+                shades = f"shares of a row: white 0, darkest {darkest:.2f}"
+                axis.set_title(f"{name}\n{shades}", fontsize=10, fontweight="normal")
+                axis.set_xticks(range(S), map(_shown, given), rotation=60, ha="left", rotation_mode="anchor")
+                axis.set_yticks(range(T), map(_shown, said))
+                axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, pad=8)
                 for spine in axis.spines.values():
                     spine.set_visible(False)
-            shown = [*self.source_tokens[:S], *self.tokens[:T]]
-            marks += [f"{mark} {what}" for mark, what in MARKS.items() if any(mark in each for each in _labels(shown))]
-            if self.relevance.shape != (T, S):
-                marks.append(f"the first {LONG} tokens of either side")
-            figure.supxlabel("; ".join(marks), fontsize=9, color=FAINT)
+                above = axis.get_xaxis_transform() + ScaledTranslation(0, 4 / 72, figure.dpi_scale_trans)
+                beside = axis.get_yaxis_transform() + ScaledTranslation(-4 / 72, 0, figure.dpi_scale_trans)
+                line = {"color": INK, "linewidth": 1.2, "clip_on": False, "solid_capstyle": "butt"}
+                for first, last in words(given):
+                    axis.plot([first - 0.38, last + 0.38], [1, 1], transform=above, **line)
+                for first, last in words(said):
+                    axis.plot([0, 0], [first - 0.38, last + 0.38], transform=beside, **line)
+            figure.supxlabel(fill(self._legend(T, S), round(14 * width)), fontsize=9, color=FAINT, x=0.01, ha="left")
             file = io.BytesIO()
             figure.savefig(file, dpi=130, format="png")
         return Image.open(file).convert("RGB")
+
+    def _legend(self, T: int, S: int) -> str:
+        """What a reader of the picture has to know."""
+        shown = [_shown(token) for token in (*self.tokens[:T], *self.source_tokens[:S])]
+        marks = [f"{mark} {what}" for mark, what in MARKS.items() if mark in shown]
+        parts = ["A row: a token of the translation, and how its 1 is shared out to the tokens of the text",
+                 "a line joins the tokens of one word", *marks]  # fmt: skip
+        if self.relevance is not None and self.relevance.shape != (T, S):
+            parts.append(f"only the first {LONG} tokens of either side are drawn")
+        return "; ".join(parts) + "."
+
+
+def words(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """The first and the last place of each word of several tokens; the first of them begins with a space."""
+    found: list[tuple[int, int]] = []
+    start = 0
+    for i in range(1, len(tokens) + 1):
+        pair = tokens[i - 1 : i + 1]
+        if len(pair) < 2 or pair[1].startswith(" ") or not all(any(map(str.isalnum, token)) for token in pair):
+            if i - start > 1:
+                found.append((start, i - 1))
+            start = i
+    return found
+
+
+def _shown(token: str) -> str:
+    return token.replace(" ", "", 1) or SPACE

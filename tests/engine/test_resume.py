@@ -245,7 +245,15 @@ def test_all_states_damaged(killed: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["train", "--resume", str(run)]) == 2
     error = capsys.readouterr().err
     assert "no checkpoint can be used" in error and "Traceback" not in error
-    assert all(error.count(str(path)) >= 1 for path in paths)
+    assert error.count(str(paths[0])) == 2 and error.count(str(paths[1])) == 1
+    assert error.count("the one before it is used") == 1 and "start anew with another --out" in error
+    assert f"--weights {run} to begin from its best model" in error
+    (run / "model.safetensors").unlink()
+    paths[0].unlink()
+    assert main(["train", "--resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "passed over" not in error and "--weights" not in error and error.count(str(paths[1])) == 1
+    del paths[0]
     assert list_checkpoints(run / "checkpoints") == paths, "damaged states are the user's to remove"
 
 

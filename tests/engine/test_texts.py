@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import saccade
@@ -23,7 +25,7 @@ from saccade.errors import UserError
 from saccade.models import build_network, model_row
 from saccade.models.transformer import TransformerRow
 from saccade.models.translator import TranslationOutputs, Translator, TranslatorRow
-from saccade.predictions.translation import Translation
+from saccade.predictions.translation import Translation, words
 from saccade.recipes import resolve
 from saccade.tokenizer import learn_tokenizer
 from saccade.weights.load import load_network
@@ -184,6 +186,35 @@ def test_explanations(model: TextModel, tmp_path: Path) -> None:
     assert result.save(tmp_path) != picture
     with pytest.raises(UserError, match="nothing to draw"):
         model.translate("A dog.")[0].save(tmp_path)
+
+
+def test_words_of_several_tokens() -> None:
+    assert words((" Two", " skate", "board", "ers", " ", "⁇", " do", "n", "'", "t", ".", "■")) == [(1, 3), (6, 7)]
+    assert words(()) == [] and words((" snow", "man")) == [(0, 1)]
+
+
+def test_a_picture_says_how_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def keep(figure: Figure, *given: Any, **how: Any) -> None:
+        figure.draw_without_rendering()
+        said.extend(text.get_text() for text in figure.findobj(Text))
+        drawn(figure, *given, **how)
+
+    drawn = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", keep)
+    long = Translation(
+        "A snowman ⁇ " + "x " * 90, "Ein Schneemann", source_tokens=(" snow", "man", " ", "⁇") * 20 + ("■",),
+        tokens=(" Schnee", "mann", "■"), relevance=np.full((3, 81), 1 / 81),
+    )  # fmt: skip
+    with Image.open(long.save(tmp_path / "a.png")) as picture:
+        assert picture.size[0] < 4000
+    text = " ".join(" ".join(said).split())
+    assert "A snowman ⁇" in text and "→ Ein Schneemann" in text and "…" in text
+    assert "white 0, darkest 0.04" in text and "a line joins the tokens of one word" in text
+    assert "⁇ a token that the model does not know; ␣ a space" in text
+    assert "only the first 60 tokens of either side are drawn" in text
+    assert "■ is the end" in text
 
 
 def test_what_is_taken_from_all_alike_is_drawn_pale(tmp_path: Path) -> None:
