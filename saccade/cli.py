@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -111,7 +112,8 @@ def listed(faults: Sequence[str]) -> str:
 
 def as_flag(fault: str) -> str:
     """What is wrong with a setting, under the name that the command has for it."""
-    name, colon, what = fault.partition(": ")
+    place, colon, what = fault.partition(": ")
+    name = re.sub(r"\.\d+$", "", place)  # without the place in a list
     return f"--{name.replace('_', '-')}: {what}" if colon and name in field_paths() else fault
 
 

@@ -140,6 +140,16 @@ def test_training_curves_of_translations(tmp_path, monkeypatch):
     assert training_curves(made[:1], tmp_path / "b.png").exists()
 
 
+def test_losses_that_cannot_be_compared_say_so(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: figures.append(figure) or path)
+    made = [{"step": i, "loss": 5 - i, "val_loss": 4 - i} for i in range(3)]
+    training_curves(made, tmp_path / "a.png", ["label smoothing", "dropout"])
+    training_curves([{"step": 1, "loss": 2}], tmp_path / "b.png", ["dropout"])
+    said = [figure.axes[0].get_title("right") for figure in figures]
+    assert said == ["training with label smoothing and dropout, validation without", ""]
+
+
 @pytest.mark.parametrize("made", [[], [{"step": 1}], [{"step": 1, "loss": math.nan}]])
 def test_training_curves_of_nothing(tmp_path, made):
     with pytest.raises(UserError, match="nothing to draw"):

@@ -197,7 +197,8 @@ def _read(path: Path) -> Any:
             raise UserError(f"{path}: damaged, or holds code, which was not executed") from None
         raise UserError(f"{path}: damaged ({error})") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: truncated or damaged ({error})") from None
+        what = str(error).partition(". ")[0]  # advice for programmers follows
+        raise UserError(f"{path}: truncated or damaged ({what})") from None
 
 
 class _SafeReader(dcp.FileSystemReader):

@@ -466,7 +466,7 @@ def restore(session: Session, folder: Path, ema: Ema | None, show: bool) -> Prog
         except TypeError as error:
             faults.append(f"{path}: holds no progress of a run ({error})")
         if path != found[-1]:
-            RunTable(1, 0, show=show).say(f"passed over, the one before it is used: {faults[-1]}")
+            RunTable(1, 0, show=show).say(f"passed over: {faults[-1]}; the one before it is used")
     if faults:
         kept = f", with --weights {folder} to begin from its best model so far"
         kept = kept if (folder / "model.safetensors").is_file() else ""

@@ -173,7 +173,8 @@ def test_standard_input(
     def found(data: bytes, *flags: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
         code = main(["predict", str(model), "--input", "-", "--device=cpu", *flags])
-        return code, *capsys.readouterr()
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
 
     lines = [ENGLISH[0], "", ENGLISH[1]]
     write(tmp_path / "lines.txt", lines)
@@ -182,7 +183,7 @@ def test_standard_input(
     assert len(expected.splitlines()) == 3
     assert found("\r\n".join(lines).encode("utf-8-sig"))[:2] == (0, expected)
     assert len(found("\n".join(lines).encode(), "--stream")[1].splitlines()) == 3
-    assert found(b"A dog.\n" * 40_000, "--temperature=1", "--beams=2")[0] == 2
+    assert len(found(b"A dog.\n" * 3, "--temperature=1")[1].splitlines()) == 3
     assert "is for a search" in found(b"A dog.", "--temperature=1", "--beams=2")[2]
     assert found(b"\n\n")[:2] == (0, "\n\n")
     assert "standard input: is empty" in found(b"")[2]

@@ -164,6 +164,9 @@ def test_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has not reached its first evaluation"):
         find_model(tmp_path)
+    (tmp_path / "metrics.csv").write_text("step\n1\n")
+    with pytest.raises(UserError, match="the run had one; bring it back, or train anew"):
+        find_model(tmp_path)
     with pytest.raises(UserError, match="no such model file or run folder"):
         find_model(tmp_path / "nothing")
 
