@@ -68,20 +68,16 @@ def evaluate(
     told: list[str] = []
     loaded = open_model(model, device=device, notes=told)
     held = _held_out(model, data, split, told)
+    if isinstance(loaded, TextModel):
+        if any(languages) or not isinstance(held, Pairs):  # the first: another direction than that of the run
+            held = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=told)
+        told += other_direction(loaded.card.languages, held.languages)
     if notes is not None:
         notes += told
     elif told:
         warnings.warn("\n".join(told), stacklevel=3)
     if isinstance(loaded, TextModel):
-        more: list[str] = []
-        asked = any(languages)  # another direction than that of the run
-        if asked or not isinstance(held, Pairs):
-            held = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=more)
-        more += other_direction(loaded.card.languages, held.languages)
-        if notes is not None:
-            notes += more
-        elif more:
-            warnings.warn("\n".join(more), stacklevel=3)
+        assert isinstance(held, Pairs)
         given = {"beams": beams, "length_penalty": length_penalty, "batch_size": batch_size, "notes": notes}
         return evaluate_texts(loaded, held, {k: v for k, v in given.items() if v is not None}, progress)
     names = ("beams", "length-penalty", "text.source", "text.target")

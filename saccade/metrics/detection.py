@@ -122,8 +122,7 @@ class DetectionMetric:
         precision, recall = precision_and_recall(detections, matching, totals)
         right, counted = matching.right[:, 0, 0], ~matching.ignored[:, 0, 0]
         total = int(totals[:, 0].sum())
-        best = best_threshold(detections.score[counted], right[counted], total)
-        used = self._used(best, detections.score[counted], right[counted], total)
+        used, best = self._thresholds(detections.score[counted], right[counted], total)
         shown = split_errors(detections, objects, overlaps, matching, used.threshold)
         every = split_errors(detections, objects, overlaps, matching, -np.inf)
 
@@ -161,9 +160,10 @@ class DetectionMetric:
             worst=worst_pictures(detections, objects, shown, used.threshold, sorted(self._pictures), WORST),
         )
 
-    def _used(self, best: Threshold, score: np.ndarray, right: np.ndarray, total: int) -> Threshold:
-        """At the model's own threshold, where it is known."""
-        return best if self.threshold is None else at_threshold(score, right, total, self.threshold)
+    def _thresholds(self, score: np.ndarray, right: np.ndarray, total: int) -> tuple[Threshold, Threshold]:
+        """The one that is used, which is the model's own where that is known, and the best one on these pictures."""
+        best = best_threshold(score, right, total)
+        return best if self.threshold is None else at_threshold(score, right, total, self.threshold), best
 
     def _arranged(self) -> tuple[Detections, Objects]:
         """In the order of the pictures' numbers, whatever order they came in."""
@@ -183,8 +183,7 @@ class DetectionMetric:
         for k, name in enumerate(self.class_names):
             here = np.arange(starts[k], starts[k + 1])
             here = here[counted[here]]
-            best = best_threshold(detections.score[here], right[here], int(totals[k]))
-            used = self._used(best, detections.score[here], right[here], int(totals[k]))
+            used, best = self._thresholds(detections.score[here], right[here], int(totals[k]))
             rows.append(
                 DetectionScores(
                     name=name,
