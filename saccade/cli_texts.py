@@ -134,6 +134,8 @@ def given_texts(options: argparse.Namespace, *, whole: bool) -> Iterable[list[st
 
 def arriving_lines(stream: BinaryIO) -> Iterator[list[str]]:
     """The lines of a pipe or a terminal, as many at a time as are there."""
+    from saccade.data.text.lines import not_utf8
+
     number, rest = 0, b""
     while True:
         data = stream.read1(PIECE)  # pyright: ignore[reportAttributeAccessIssue]
@@ -146,9 +148,7 @@ def arriving_lines(stream: BinaryIO) -> Iterator[list[str]]:
             try:
                 texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r"))
             except UnicodeDecodeError as error:
-                byte = f"0x{line[error.start]:02x}"
-                remedy = "convert it, as in `iconv -f latin1 -t utf-8`"
-                raise UserError(f"standard input, line {number}: not UTF-8 (byte {byte}); {remedy}") from None
+                raise UserError(f"standard input, line {number}: {not_utf8(line, error)}") from None
         if texts:
             yield texts
         if not data:

@@ -34,10 +34,7 @@ def read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        byte = f"0x{data[error.start]:02x}"
-        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        what = f"not UTF-8 (byte {byte}); convert it, as in `iconv -f {'utf-16' if wide else 'latin1'} -t utf-8`"
-        problems.append(Problem("encoding", f"{path}:{number}", what))
+        problems.append(Problem("encoding", f"{path}:{number}", not_utf8(data, error)))
         return None
     lines = text.split("\n")  # not splitlines: it also splits at separators that texts may hold
     for number, line in enumerate(lines, 1) if "\0" in text else ():
@@ -47,6 +44,12 @@ def read_lines(path: Path, problems: list[Problem]) -> list[str] | None:
     if not lines[-1]:  # behind the last line's end
         lines.pop()
     return [line.rstrip("\r") for line in lines]
+
+
+def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    remedy = f"convert it, as in `iconv -f {'utf-16' if wide else 'latin1'} -t utf-8`"
+    return f"not UTF-8 (byte 0x{data[error.start]:02x}); {remedy}"
 
 
 def different_lengths(one: Path, other: Path, a: list[str], b: list[str]) -> Problem:
