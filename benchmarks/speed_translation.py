@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from benchmarks import report
 from saccade.data.text.batches import EncodedPairs, TrainPlan
-from saccade.data.text.parallel import open_pairs
+from saccade.data.text.splits import open_pairs
 from saccade.decoding import beam_search, greedy
 from saccade.models.transformer import Transformer, TransformerRow
 from saccade.models.translator import DecodingState

@@ -13,7 +13,8 @@ from saccade.data.decode import Picture
 from saccade.data.loader import eval_batches, measure_sizes
 from saccade.data.source import BoxSource, Source
 from saccade.data.sources import fit_to_pictures, open_source
-from saccade.data.text.parallel import Pairs, open_pairs
+from saccade.data.text.pairs import Pairs
+from saccade.data.text.splits import open_pairs
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.evaluate import Normalise, PictureInputs, evaluate_batches

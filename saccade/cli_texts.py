@@ -104,7 +104,7 @@ def predict_texts(model: Any, options: argparse.Namespace) -> int:
 
 def given_texts(options: argparse.Namespace, *, whole: bool) -> Iterable[list[str]]:
     """What is to be translated, in parts: standard input as it arrives, or `whole`; all else at once."""
-    from saccade.data.text.parallel import read_texts
+    from saccade.data.text.splits import read_texts
 
     if options.input is not None and options.inputs:
         raise UserError(f"--input {options.input}: and texts as well; give one of both")

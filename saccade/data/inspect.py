@@ -26,7 +26,7 @@ from saccade.data.source import BoxSource, LabelledSource, Problem, Source
 from saccade.data.sources import Place, choose_split, class_problems, find, unite_classes
 from saccade.data.sources.boxes import fit
 from saccade.data.text.inspect import TextReport, inspect_texts
-from saccade.data.text.parallel import holds_text
+from saccade.data.text.splits import holds_text
 from saccade.errors import UserError
 from saccade.words import HOLDS, counted
 

@@ -11,7 +11,8 @@ import torch
 from saccade.config import RunConfig, load_config
 from saccade.data.source import Source
 from saccade.data.sources import find
-from saccade.data.text.parallel import Pairs, find_pairs
+from saccade.data.text.pairs import Pairs
+from saccade.data.text.splits import find_pairs
 from saccade.engine.distributed import World
 from saccade.engine.plan import hash_in_plan
 from saccade.engine.run_data import open_data

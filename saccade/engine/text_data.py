@@ -12,7 +12,9 @@ from torch import Tensor
 
 from saccade.config import RunConfig
 from saccade.data.text.batches import EncodedPairs, TextBatch, TrainPlan, eval_batches
-from saccade.data.text.parallel import SIDES, Pairs, open_text_splits
+from saccade.data.text.pairs import Pairs
+from saccade.data.text.splits import open_text_splits
+from saccade.data.text.tables import SIDES
 from saccade.engine import distributed
 from saccade.engine.distributed import World
 from saccade.engine.plan import planned_row

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saccade.config import LONGEST, SHORTEST, DecodingConfig, RunConfig, TextConfig
 from saccade.data.text.batches import MOST, EncodedPairs, eval_batches
-from saccade.data.text.parallel import Pairs
+from saccade.data.text.pairs import Pairs
 from saccade.decoding import Hypothesis, beam_search, sample, stream
 from saccade.engine.device import choose_device
 from saccade.engine.distributed import World

@@ -15,7 +15,7 @@ from saccade.backbones.base import Row
 from saccade.config import RunConfig, build_config, closest, merge
 from saccade.data.loader import measure_sizes
 from saccade.data.sources import open_splits
-from saccade.data.text.parallel import holds_text
+from saccade.data.text.splits import holds_text
 from saccade.engine.device import choose_device
 from saccade.engine.optimizers import is_for_muon
 from saccade.errors import UserError

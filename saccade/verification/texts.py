@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.data.text.parallel import find_pairs, holds_text, read_texts
+from saccade.data.text.splits import find_pairs, holds_text, read_texts
 from saccade.decoding import beam_search, greedy
 from saccade.errors import UserError
 from saccade.models.translator import Translator, TranslatorRow

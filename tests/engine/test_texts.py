@@ -19,7 +19,7 @@ from PIL import Image
 import saccade
 from saccade.cli import main
 from saccade.config import NetworkConfig, PreprocessingConfig
-from saccade.data.text.parallel import open_pairs
+from saccade.data.text.splits import open_pairs
 from saccade.engine.translate import TextModel, relevance
 from saccade.errors import UserError
 from saccade.models import build_network, model_row

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from saccade.data.source import SPLIT_NAMES, FileSource, Found, Problem, printable, sort_names
-from saccade.data.text.parallel import names_texts
+from saccade.data.text.tables import names_texts
 from saccade.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saccade.data.text.parallel import Pairs
+from saccade.data.text.pairs import Pairs
 from saccade.errors import UserError
 
 SHORTEST = 8  # of a bucket, in tokens

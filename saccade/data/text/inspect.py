@@ -16,7 +16,8 @@ from rich.table import Table
 from saccade.config import TextConfig
 from saccade.data.findings import Findings
 from saccade.data.source import Problem
-from saccade.data.text.parallel import Pairs, find_pairs
+from saccade.data.text.pairs import Pairs
+from saccade.data.text.splits import find_pairs
 from saccade.words import counted
 
 SHARES = (0, 5, 50, 95, 100)  # percentiles of lengths that are told

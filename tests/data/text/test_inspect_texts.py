@@ -15,7 +15,7 @@ import saccade
 from saccade.cli import main
 from saccade.data.inspect import inspect_data
 from saccade.data.text.inspect import TextReport
-from saccade.data.text.parallel import open_text_splits
+from saccade.data.text.splits import open_text_splits
 from saccade.errors import UserError
 
 NOUNS = ("dog", "man", "woman", "child", "bird", "horse", "player", "worker", "girl", "boy")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saccade.data.text.lines import parting
-from saccade.data.text.parallel import find_pairs, holds_text, open_pairs, open_text_splits, read_texts
+from saccade.data.text.splits import find_pairs, holds_text, open_pairs, open_text_splits, read_texts
 from saccade.errors import UserError
 
 WORDS = ["the", "dog", "runs", "over", "a", "green", "field", "and", "two", "men", "look", "at", "him", "from", "their"]
@@ -83,6 +83,16 @@ def test_direction(tmp_path: Path) -> None:
     assert open_text_splits(folder, source="en", target="de").train.languages == ("en", "de")
     with pytest.raises(UserError, match="no text in 'it'"):
         open_text_splits(folder, source="it")
+
+
+@pytest.mark.parametrize(("folder", "file"), [("talks.de-en", "train"), ("talks", "talks.de-en"), ("de-en", "all")])
+def test_direction_of_tables(folder: str, file: str, tmp_path: Path) -> None:
+    lines = text(20)
+    rows = [f"{one}\t{other}" for one, other in zip(lines, translated(lines), strict=True)]
+    table = write(tmp_path / folder / f"{file}.tsv", ["en\tde", *rows])
+    for path in (table, table.parent):
+        assert open_text_splits(path).train.languages == ("de", "en")
+        assert open_text_splits(path, source="en").train.languages == ("en", "de")
 
 
 def test_held_out_part_is_seeded_and_apart(tmp_path: Path) -> None:
