@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,20 +71,14 @@ def evaluate(
     if isinstance(loaded, TextModel):
         if any(languages) or not isinstance(held, Pairs):  # the first: another direction than that of the run
             held = open_pairs(Path(data), split, *languages, usual=loaded.card.languages, notes=told)
-        told += other_direction(loaded.card.languages, held.languages)
-    if notes is not None:
-        notes += told
-    elif told:
-        warnings.warn("\n".join(told), stacklevel=3)
-    if isinstance(loaded, TextModel):
-        assert isinstance(held, Pairs)
+        _tell([*told, *other_direction(loaded.card.languages, held.languages)], notes)
         given = {"beams": beams, "length_penalty": length_penalty, "batch_size": batch_size, "notes": notes}
         return evaluate_texts(loaded, held, {k: v for k, v in given.items() if v is not None}, progress)
     names = ("beams", "length-penalty", "text.source", "text.target")
     for name, value in zip(names, (beams, length_penalty, *languages), strict=True):
         if value is not None:
             raise UserError(f"--{name} {value}: is for translating, and {model} is a model of pictures")
-    source = held if isinstance(held, Source) else open_source(Path(data), split, notes)
+    source = held if isinstance(held, Source) else open_source(Path(data), split, told)
     if isinstance(source, BoxSource) != (loaded.task.name == "detect"):
         found = HOLDS["detect" if isinstance(source, BoxSource) else "classify"]
         raise UserError(f"{data}: holds {found}, and {model} {DOES[loaded.task.name]}; give data of its kind")
@@ -93,8 +86,7 @@ def evaluate(
     config = DataConfig()
     sizes = measure_sizes(source, config)
     source, left_out = fit_to_pictures(source, sizes)
-    if notes is not None:
-        notes += left_out
+    _tell([*told, *left_out], notes)
     task, done = loaded.task, 0
 
     def count(pictures: int) -> None:
@@ -125,6 +117,14 @@ def evaluate(
     return report
 
 
+def _tell(what: list[str], notes: list[str] | None) -> None:
+    """Of the caller of `evaluate`: added to its `notes`, or warned of."""
+    if notes is not None:
+        notes += what
+    elif what:
+        warnings.warn("\n".join(what), stacklevel=4)
+
+
 def _held_out(model: str, data: str, split: str | None, notes: list[str]) -> Source | Pairs | None:
     """What is measured instead of a split, where none is asked for."""
     return held_out(Path(model), Path(data), notes) if split is None else None
@@ -145,17 +145,6 @@ def evaluate_texts(
             progress(done, len(pairs))
 
     return model.evaluate(pairs, **options, progress=count)
-
-
-def refuse_report(folder: Path) -> None:
-    """A folder for a report that cannot be written, or holds one."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
-    if not there.is_dir():
-        raise UserError(f"--out {folder}: {there} is a file; choose another --out")
-    if (folder / "metrics.json").exists():
-        raise UserError(f"--out {folder}: holds the report of before (metrics.json); choose another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: cannot be written ({there} may not be changed); choose another --out")
 
 
 def save_report(report: Any, folder: Path, model: str, data: str, *, split: str | None = None) -> tuple[str, ...]:

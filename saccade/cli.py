@@ -243,11 +243,12 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from saccade.api import evaluate, refuse_report, save_report
+    from saccade.api import evaluate, save_report
     from saccade.engine.progress import counter
+    from saccade.metrics.folder import refuse_folder
 
     if options.out is not None:
-        refuse_report(Path(options.out))  # before what takes long
+        refuse_folder(Path(options.out))  # before what takes long
     unreadable: list[str] = []
     notes: list[str] = []
     with counter("evaluating") as progress:

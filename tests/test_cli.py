@@ -328,7 +328,7 @@ def test_evaluate(run: Callable[..., Any], trained: Path, pictures: Path, tmp_pa
     assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == facts
     assert {path.name for path in (tmp_path / "report").iterdir()} >= {"confusion.png", "calibration.png"}
     code, _, err = run("evaluate", "absent", pictures / "val", "--out=report")
-    assert code == 2 and "--out report: holds the report of before (metrics.json); choose another --out" in err
+    assert code == 2 and "report: holds the report of before (metrics.json); choose another folder" in err
     code, out, _ = run("evaluate", trained, pictures, "--split=val", "--device=cpu")
     assert code == 0 and "green" in out
 

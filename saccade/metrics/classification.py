@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from saccade.drawing import BLUE, FAINT, INK, chart_style, save_figure, shorten, typeface
 from saccade.errors import UserError
+from saccade.metrics.folder import begin_folder
 from saccade.words import counted
 
 if TYPE_CHECKING:
@@ -221,13 +221,9 @@ class ClassificationReport:
     files: ClassVar = ("metrics.json", "confusion.png", "calibration.png")
 
     def save(self, folder: str | Path) -> Path:
-        """Write the `files`: figures, confusion and calibration. UserError where the folder cannot be written."""
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder}: the results cannot be written ({error.strerror or error})") from None
+        """Write the `files`: figures, confusion and calibration. UserError where the folder holds
+        a report, or cannot be written."""
+        folder = begin_folder(folder, self.to_dict())
         (_draw_confusion if len(self.classes) <= 200 else _draw_most_confused)(self, folder / "confusion.png")
         _draw_calibration(self, folder / "calibration.png")
         return folder

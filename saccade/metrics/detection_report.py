@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from saccade.drawing import BLUE, FAINT, GREEN, INK, ORANGE, chart_style, class_colour, save_figure, shorten
-from saccade.errors import UserError
 from saccade.metrics.classification import percent
 from saccade.metrics.detection_errors import KINDS, ClassConfusion, ErrorKind, PictureMistakes
 from saccade.metrics.detection_matching import RECALLS
+from saccade.metrics.folder import begin_folder
 from saccade.words import counted
 
 if TYPE_CHECKING:
@@ -133,13 +132,9 @@ class DetectionReport:
     files: ClassVar = ("metrics.json", "precision_recall.png", "errors.png")
 
     def save(self, folder: str | Path) -> Path:
-        """Write the `files`: figures, curves and kinds of mistakes. UserError where the folder cannot be written."""
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder}: the results cannot be written ({error.strerror or error})") from None
+        """Write the `files`: figures, curves and kinds of mistakes. UserError where the folder holds
+        a report, or cannot be written."""
+        folder = begin_folder(folder, self.to_dict())
         _draw_curves(self, folder / "precision_recall.png")
         _draw_errors(self, folder / "errors.png")
         return folder

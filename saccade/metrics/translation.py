@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from saccade.errors import UserError
+from saccade.metrics.folder import begin_folder
 from saccade.words import counted, language
 
 if TYPE_CHECKING:
@@ -95,19 +95,19 @@ class TranslationReport:
         for example in self.examples[:SHOWN]:
             say(f"\n  {example.source}\n  -> {example.translation}\n  =  {example.reference}")
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> Path:
         """`metrics.json`, and every translation beside its reference in `translations.tsv`, a text in each cell as it
-        is but for tabs and line ends, which are spaces there."""
-        folder = Path(folder)
+        is but for tabs and line ends, which are spaces there. UserError where the folder holds a report, or cannot
+        be written."""
+        folder = begin_folder(folder, self.to_dict())
+        rows = [("source", "translation", "reference")]
+        rows += [(each.source, each.translation, each.reference) for each in self.examples]
+        lines = ["\t".join(SEPARATORS.sub(" ", cell) for cell in row) + "\n" for row in rows]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            rows = [("source", "translation", "reference")]
-            rows += [(each.source, each.translation, each.reference) for each in self.examples]
-            lines = ["\t".join(SEPARATORS.sub(" ", cell) for cell in row) + "\n" for row in rows]
             (folder / "translations.tsv").write_text("".join(lines), encoding="utf-8", newline="\n")
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        return folder
 
 
 class TranslationMetric:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Report(Protocol):
 
     def render(self, console: Any) -> None: ...
 
-    def save(self, folder: Any) -> None: ...
+    def save(self, folder: str | Path) -> Path: ...
 
 
 class Task(Protocol):

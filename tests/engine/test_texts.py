@@ -313,9 +313,9 @@ def test_evaluate(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "file").write_text("")
     for out, message in (
-        (tmp_path / "out", "holds the report of before (metrics.json); choose another --out"),
-        (tmp_path / "file", f"{tmp_path / 'file'} is a file; choose another --out"),
-        (tmp_path / "file" / "inside", f"{tmp_path / 'file'} is a file; choose another --out"),
+        (tmp_path / "out", "holds the report of before (metrics.json); choose another folder"),
+        (tmp_path / "file", f"{tmp_path / 'file'} is a file; choose another folder for the report"),
+        (tmp_path / "file" / "inside", f"{tmp_path / 'file'} is a file; choose another folder for the report"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("saccade.api.evaluate", None)  # refused before the work

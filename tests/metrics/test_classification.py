@@ -170,8 +170,3 @@ def test_saves_pictures_without_any_mistake_and_with_odd_names(tmp_path):
     with Image.open(tmp_path / "odd" / "confusion.png") as picture:
         assert picture.width < 1500
 
-
-def test_a_folder_that_cannot_be_written_is_an_error_for_people(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        evaluate(*random_batch(5, 2)).save(tmp_path / "file" / "folder")

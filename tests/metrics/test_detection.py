@@ -490,8 +490,3 @@ def test_saves_json_and_pictures(tmp_path, classes):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300 and picture.width < 2600
 
-
-def test_a_folder_that_cannot_be_written_is_an_error_for_people(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        evaluate([EMPTY]).save(tmp_path / "file" / "folder")
