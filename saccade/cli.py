@@ -270,12 +270,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     for what in unreadable:
         print(f"left out: {what}", file=sys.stderr)
+    files: tuple[str, ...] = ()
+    if options.out is not None:  # before it is printed, since a pipe may close
+        files = save_report(report, Path(options.out), options.model, options.data, split=options.split)
     if options.json:
         print(json.dumps(report.to_dict()))
     else:
         report.render(Console(highlight=False))
-    if options.out is not None:
-        files = save_report(report, Path(options.out), options.model, options.data, split=options.split)
+    if files:
         print(f"{', '.join(files)} are in {options.out}", file=sys.stderr)
     return 0
 

@@ -7,6 +7,8 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -331,6 +333,16 @@ def test_evaluate(run: Callable[..., Any], trained: Path, pictures: Path, tmp_pa
     assert code == 2 and "report: holds the report of before (metrics.json); choose another folder" in err
     code, out, _ = run("evaluate", trained, pictures, "--split=val", "--device=cpu")
     assert code == 0 and "green" in out
+
+def test_a_report_is_written_though_nobody_reads_on(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    """`saccade evaluate ... --out report | head -1`."""
+    command = [sys.executable, "-m", "saccade", "evaluate", trained, pictures / "val", "--device=cpu", "--out=report"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.wait()
+    assert {"metrics.json", "confusion.png", "calibration.png"} <= {path.name for path in tmp_path.glob("report/*")}
+
 
 
 def test_evaluate_on_other_classes(run: Callable[..., Any], trained: Path, tmp_path: Path) -> None:

@@ -7,17 +7,20 @@ they get.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from saccade.backbones.base import Backbone, Row
 from saccade.backbones.features import Features
-from saccade.layers.convolution import ConvNorm
+from saccade.layers.convolution import ConvNorm, statistics_kept
 from saccade.layers.encoder import drop_path
 
 EXPANSION = 4  # a bottleneck's outer width, of its inner one
@@ -142,8 +145,7 @@ class ResNet(Backbone):
                 nn.init.zeros_(norm.weight)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Features:
-        x = self.stem(images)  # in any order: its weights' is taken, and no copy is kept for the backward pass
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        x = self._pooled(images)  # in any order: its weights' is taken, and no copy is kept for the backward pass
         maps: list[Tensor] = []
         for stage in self.stages:
             assert isinstance(stage, nn.ModuleList)
@@ -151,6 +153,20 @@ class ResNet(Backbone):
                 x = self.run(block, x)
             maps.append(x)
         return Features(tuple(maps), self.strides, x.mean(dim=(2, 3)))
+
+    def _pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """The stem. Of the largest map nothing but the convolution's result is kept for the backward pass, where it is
+        normalised and pooled once more: that takes little time, and would be kept all the while."""
+        if torch.compiler.is_compiling() or not self.stem.by_batch:  # a compiler decides that itself
+            return _pool(self.stem(images))
+        x = self.stem.convolve(images)
+        again = partial(statistics_kept, self.stem)
+
+        def finish(x: Tensor) -> Tensor:
+            return _pool(self.stem.finish(x))
+
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(finish, x, context_fn=lambda: (nullcontext(), again()), **options)
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -161,3 +177,7 @@ class ResNet(Backbone):
             return 0
         _, stage, block, *_ = parameter.split(".")
         return sum(self.config.depths[: int(stage)]) + int(block) + 1
+
+
+def _pool(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)

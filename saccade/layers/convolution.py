@@ -68,10 +68,22 @@ class ConvNorm(nn.Module):
         self, x: Float[Tensor, "B C H W"], scale: Float[Tensor, " D"] | None = None
     ) -> Float[Tensor, "B D h w"]:
         """`scale` is one more factor per channel of the normalised map, such as LayerScale's: no pass of its own."""
-        if self.training and isinstance(self.norm, nn.BatchNorm2d):
-            x = _normalise_batch(self._convolve(x, self.conv.weight, self.conv.bias), self.norm, scale)
-        else:
-            x = self._normalise_as_known(x, scale)
+        if self.by_batch:
+            return self.finish(self.convolve(x), scale)
+        x = self._normalise_as_known(x, scale)
+        return x if self.activation is None else self.activation(x)
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether statistics are those of the batch, so that a call is `convolve`, then `finish`."""
+        return self.training and isinstance(self.norm, nn.BatchNorm2d)
+
+    def convolve(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        return self._convolve(x, self.conv.weight, self.conv.bias)
+
+    def finish(self, x: Float[Tensor, "B D h w"], scale: Tensor | None = None) -> Float[Tensor, "B D h w"]:
+        assert isinstance(self.norm, nn.BatchNorm2d)
+        x = _normalise_batch(x, self.norm, scale)
         return x if self.activation is None else self.activation(x)
 
     def _normalise_as_known(self, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -81,8 +93,7 @@ class ConvNorm(nn.Module):
         places = B * H * W // (conv.stride[0] * conv.stride[1])
         if conv.weight[0].numel() > places:
             weight, bias = _scaled(norm, scale)
-            x = self._convolve(x, conv.weight, conv.bias)
-            return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, eps=norm.eps)
+            return F.batch_norm(self.convolve(x), norm.running_mean, norm.running_var, weight, bias, eps=norm.eps)
         factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * factor
         if scale is not None:

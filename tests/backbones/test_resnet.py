@@ -171,3 +171,16 @@ def test_every_parameter_has_a_depth():
     assert depths["backbone.stem.conv.weight"] == 0 and depths["head.weight"] == 7
     assert depths["backbone.stages.1.1.convs.0.conv.weight"] == 3
     assert model.backbone.layers[2] is model.backbone.get_submodule("stages.1.1")
+
+
+def test_the_stem_is_computed_twice_and_counted_once() -> None:
+    """Its end runs again in the backward pass: gradients and statistics are those of one run, to the bit."""
+    plain, model = tiny(TINY).train(), tiny(TINY).train()
+    images = torch.randn(2, 3, 40, 56)
+    F.max_pool2d(plain.stem(images), 3, 2, 1).square().sum().backward()
+    model._pooled(images).square().sum().backward()
+    for (name, one), other in zip(plain.stem.named_parameters(), model.stem.parameters(), strict=True):
+        assert one.grad is not None and torch.equal(one.grad, other.grad), name
+    for (name, one), other in zip(plain.stem.named_buffers(), model.stem.buffers(), strict=True):
+        assert torch.equal(one, other), name
+    assert model.stem.norm.num_batches_tracked == 1
