@@ -243,21 +243,22 @@ def position_similarity(embeddings: np.ndarray | Tensor, grid: tuple[int, int], 
 
 ASIDE: dict[str, Any] = {"fontsize": 10, "fontweight": "normal"}  # of a title to the right
 SCORES = {"val_bleu": "BLEU", "val_chrf": "chrF"}  # from 0 to 100
-NO_SHARES = ("val_loss", "val_threshold", *SCORES)
+NO_SHARES = ("val_loss", "val_threshold", "val_cut", *SCORES)
 SHOWN_NAMES = {"top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "f1": "F1"}
 CHOOSES = ("val_top1", "val_ap")  # by which the kept model is chosen
-PANELS = {"loss": 3.0, "shares": 2.6, "scores": 2.6, "threshold": 1.5, "lr": 1.5}  # and their heights
+PANELS = {"loss": 3.0, "scores": 2.6, "shares": 2.6, "cut": 1.5, "threshold": 1.5, "lr": 1.5}  # and their heights
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, harder: Sequence[str] = ()) -> Path:
     """Loss, validation and learning rate over the steps of a run.
 
     `harder`: what training has and validation has not, such as dropout, so that their losses cannot be compared.
-    A row has `step` and any of `loss`, `lr`, `val_loss`, `val_threshold`, `val_bleu`, `val_chrf` and other `val_*`
-    shares in 0..1. Missing values (absent, None, "", NaN) are left out; losses that were not finite are marked.
+    A row has `step` and any of `loss`, `lr`, `val_loss`, `val_threshold`, `val_bleu`, `val_chrf`, `val_cut` and
+    other `val_*` shares in 0..1. Missing values (absent, None, "", NaN) are left out; losses that were not finite are
+    marked.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     series = _series(rows)
     losses = {key: series[key] for key in ("loss", "val_loss") if key in series}
@@ -271,6 +272,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, harder:
         "loss": losses,
         "shares": shares,
         "scores": scores,
+        "cut": "val_cut" in series,
         "threshold": "val_threshold" in series,
         "lr": "lr" in series,
     }
@@ -292,6 +294,11 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, harder:
             _draw_shares(places["shares"], shares)
         if "scores" in places:
             _draw_scores(places["scores"], scores)
+        if "cut" in places:
+            places["cut"].set_title("Translations that did not end")
+            places["cut"].yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
+            places["cut"].plot(*series["val_cut"], color=FAINT, marker="o", markersize=3.5)
+            places["cut"].set_ylim(bottom=0)
         if "threshold" in places:
             steps, values = series["val_threshold"]
             places["threshold"].set_title("Score from which on F1 is best")

@@ -138,6 +138,12 @@ def test_training_curves_of_translations(tmp_path, monkeypatch):
     assert list(drawn) == ["val_bleu", "val_chrf"] and drawn["val_bleu"][1].tolist() == [0.2, 9.0, 31.5]
     monkeypatch.undo()
     assert training_curves(made[:1], tmp_path / "b.png").exists()
+    figures = []
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: figures.append(figure) or path)
+    training_curves([{**row, "val_cut": cut} for row, cut in zip(made, (1.0, 0.2, 0.0), strict=True)], tmp_path)
+    titles = [axes.get_title("left") for axes in figures[0].axes]
+    assert titles == ["Loss", "Validation", "Translations that did not end"]
+    assert figures[0].axes[2].get_ylim()[0] == 0
 
 
 def test_losses_that_cannot_be_compared_say_so(tmp_path, monkeypatch):

@@ -94,12 +94,10 @@ class TextData:
         fits = encoded.lengths.max(axis=1) <= most
         if fits.all():
             return pairs, encoded
-        out = np.flatnonzero(~fits)
+        out, limit = np.flatnonzero(~fits), self._limit(folder)
         if len(out) == len(pairs):
-            limit = self._limit(folder)
             remedy = "allow more" if limit == LIMIT else "give shorter texts"
             raise UserError(f"{pairs.path}: every pair has more than {most} tokens on a side ({limit}); {remedy}")
-        limit = self._limit(folder)
         left = f"{counted(len(out), 'pair')} of more than {most} tokens {'is' if len(out) == 1 else 'are'} left out"
         self.notes.append(f"{left} ({pairs.some(out)}; {limit})")
         kept = pairs.subset(np.flatnonzero(fits))
