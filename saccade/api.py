@@ -148,11 +148,12 @@ def evaluate_texts(
 
 
 def save_report(report: Any, folder: Path, model: str, data: str, *, split: str | None = None) -> tuple[str, ...]:
-    """Write what `evaluate` found of these; for boxes also a sheet of the pictures with the most mistakes.
+    """Write what `evaluate` found of these, with their names; for boxes also a sheet of the
+    pictures with the most mistakes.
 
     Returns the names of the files.
     """
-    report.save(folder)
+    report.save(folder, {"model": model, "data": data, "split": split})
     if not isinstance(report, DetectionReport) or not report.worst:
         return report.files
     held = _held_out(model, data, split, [])

@@ -18,6 +18,7 @@ from saccade.errors import UserError
 from saccade.models.translator import Translator
 
 GONE = 0.25  # share of finished texts at which they are let go: it costs a copy of what the others keep
+DAMAGED = "no translation: the model's scores are no numbers; it is damaged, so get it anew"
 BLOCK = 256  # of the vocabulary, of which the highest score is found first
 Most = int | Sequence[int]  # tokens of a translation, its end included: for all texts or for each
 
@@ -34,7 +35,7 @@ class Hypothesis:
 @torch.inference_mode()
 def greedy(model: Translator, source: Int[Tensor, "B S"], max_length: Most) -> list[list[int]]:
     """The most probable token each time, at most `max_length` of them, the end included."""
-    return _one_by_one(model, source, max_length, lambda scores: scores.argmax(dim=-1))
+    return _one_by_one(model, source, max_length, lambda scores, *_: scores.argmax(dim=-1))
 
 
 @torch.inference_mode()
@@ -46,18 +47,30 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    chances: Float[Tensor, "B T"] | None = None,
 ) -> list[list[int]]:
     """Tokens drawn by their probabilities; only from the `top_k` most probable, and from the fewest that together have
-    the probability `top_p` (https://arxiv.org/abs/1904.09751)."""
+    the probability `top_p` (https://arxiv.org/abs/1904.09751).
 
+    `chances`: numbers from 0 to 1 that choose the token of each text at each place, so that what is drawn for a text
+    depends on no other; T is at least the longest translation. Without them they are drawn here.
+    """
+
+    if chances is None:
+        chances = torch.rand(len(source), max(_for_each(max_length, len(source)), default=0), dtype=torch.float64)
+    known = chances.to(source.device)
     divisor = min(max(temperature, 1e-30), 1e30)  # beyond, it or its inverse would be 0 or infinite in float32
 
-    def draw(scores: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+    def draw(scores: Float[Tensor, "R V"], rows: Int[Tensor, " R"], time: int) -> Int[Tensor, " R"]:
         scores = scores.float()
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / divisor  # below 0, so that nothing overflows to inf
         shares = truncated(scores, top_k, top_p).softmax(dim=-1)
-        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+        below = shares.to(known.dtype).cumsum(dim=-1)
+        total = below[:, -1:]
+        if not total.isfinite().all():
+            raise UserError(DAMAGED)
+        place = torch.minimum(known[rows, time, None] * total, total.nextafter(torch.zeros_like(total)))
+        return torch.searchsorted(below, place, right=True)[:, 0]  # so that what has no share is never met
 
     return _one_by_one(model, source, max_length, draw)
 
@@ -105,8 +118,9 @@ def _for_each(max_length: Most, B: int) -> list[int]:
 
 
 def _one_by_one(
-    model: Translator, source: Tensor, max_length: Most, choose: Callable[[Tensor], Tensor]
+    model: Translator, source: Tensor, max_length: Most, choose: Callable[[Tensor, Tensor, int], Tensor]
 ) -> list[list[int]]:
+    """`choose` is given the scores of the rows that are left, which texts they are of, and the place of the token."""
     B = len(source)
     limits = _for_each(max_length, B)
     found: list[list[int]] = [[] for _ in range(B)]
@@ -118,7 +132,7 @@ def _one_by_one(
     most = torch.tensor(limits, device=source.device)
     open_ = torch.ones(B, dtype=torch.bool, device=source.device)
     for time in range(max(limits) - 1):  # the last token can only be the end
-        chosen = choose(_allowed(model, state.advance(tokens))[:, 0])
+        chosen = choose(_allowed(model, state.advance(tokens))[:, 0], running, time)
         chosen = torch.where(open_ & (time < most[running] - 1), chosen, model.config.end)
         said[running, time] = chosen
         open_ = open_ & (chosen != model.config.end)
@@ -212,7 +226,7 @@ def _with_cut(
         if total > -math.inf
     ]
     if not found and not cut:
-        raise UserError("no translation: the model's scores are no numbers; it is damaged, so get it anew")
+        raise UserError(DAMAGED)
     return _ranked([*found, *cut])[: len(attempts)]
 
 

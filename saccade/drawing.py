@@ -363,7 +363,8 @@ def _draw_scores(axes: Axes, scores: Mapping[str, tuple[np.ndarray, np.ndarray]]
     axes.set_ylim(0, max(10.0, 1.08 * max(float(np.max(values)) for _, values in scores.values())))
     for i, (key, (steps, values)) in enumerate(scores.items()):
         axes.plot(steps, values, color=BLUE if i == 0 else f"C{i}", marker="o", markersize=3.5, label=SCORES[key])
-    key, (steps, values) = next(iter(scores.items()))
+    key = "val_chrf" if "val_chrf" in scores else next(iter(scores))
+    steps, values = scores[key]
     best = int(np.argmax(values))
     axes.plot(steps[best], values[best], "o", markersize=9, markerfacecolor="none", color=INK)
     found = f"best {SCORES[key]} {values[best]:.1f} at step {steps[best]:.0f}"

@@ -13,6 +13,7 @@ from saccade.errors import UserError
 
 PAD, START, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 UNKNOWN_SHOWN = "⁇"  # in text, for what the vocabulary has no token for
+NAMED = 10  # unknown characters that a note names
 WORD = "▁"  # what a token begins with that begins a word
 
 
@@ -46,6 +47,25 @@ class Tokenizer(ABC):
         """For the model file; `read_tokenizer` reads it."""
 
 
+def refuse_text(texts: Sequence[str]) -> None:
+    """A text alone would be taken for as many texts as it has characters."""
+    if isinstance(texts, str):
+        raise UserError(f"{texts[:40]!r}: is one text; give a list of them")
+
+
+def unknown_characters(tokenizer: Tokenizer, text: str, *, target: bool = False) -> list[str]:
+    """Those of a text that have no token."""
+    letters = [letter for letter in dict.fromkeys(text) if not letter.isspace()]
+    encoded = zip(letters, tokenizer.encode(letters, target=target), strict=True)
+    return [letter for letter, tokens in encoded if tokenizer.unknown in tokens]
+
+
+def listed(characters: Sequence[str]) -> str:
+    """For a note that names them."""
+    more = " ..." if len(characters) > NAMED else ""
+    return f": {' '.join(characters[:NAMED])}{more}" if characters else ""
+
+
 class LearntTokenizer(Tokenizer):
     """Subwords learnt from the training text: BPE (https://arxiv.org/abs/1508.07909) or a unigram model
     (https://arxiv.org/abs/1804.10959), by Hugging Face's `tokenizers`.
@@ -70,6 +90,7 @@ class LearntTokenizer(Tokenizer):
         return self.inner.get_vocab_size()
 
     def encode(self, texts: Sequence[str], *, target: bool = False) -> list[list[int]]:
+        refuse_text(texts)
         found = self.inner.encode_batch([clean(text) for text in texts], add_special_tokens=False)
         return [[*each.ids, self.end] for each in found]
 
@@ -169,6 +190,7 @@ class MarianTokenizer(Tokenizer):
 
     def encode(self, texts: Sequence[str], *, target: bool = False) -> list[list[int]]:
         """`>>fra<<` in front of a source text is a token: it tells a model of several languages which one is wanted."""
+        refuse_text(texts)
         found = []
         for text in texts:
             code: list[str] = []

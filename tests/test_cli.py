@@ -327,7 +327,8 @@ def test_evaluate(run: Callable[..., Any], trained: Path, pictures: Path, tmp_pa
     assert code == 0
     facts = json.loads(out)
     assert 0 <= facts["top1"] <= 1 and json.dumps(facts).count("green") >= 1
-    assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == facts
+    saved = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert saved == {"of": {"model": str(trained), "data": str(pictures / "val"), "split": None}, **facts}
     assert {path.name for path in (tmp_path / "report").iterdir()} >= {"confusion.png", "calibration.png"}
     code, _, err = run("evaluate", "absent", pictures / "val", "--out=report")
     assert code == 2 and "report: holds the report of before (metrics.json); choose another folder" in err

@@ -23,7 +23,7 @@ from saccade.metrics.translation import doubt
 from saccade.models.translator import TranslatorRow
 from saccade.tasks import Task
 from saccade.tasks.translation import TranslationTask
-from saccade.tokenizer import Tokenizer, learn_tokenizer, read_tokenizer
+from saccade.tokenizer import NAMED, Tokenizer, learn_tokenizer, listed, read_tokenizer, unknown_characters
 from saccade.weights.load import load_weights
 from saccade.weights.model_file import write_atomically
 from saccade.words import counted, language
@@ -57,6 +57,7 @@ class TextData:
         self.tokenizer: Tokenizer = self._tokenizer(splits.train, folder)
         self.train, self.train_pairs = self._fitting(splits.train, folder)
         self.val, self.val_pairs = splits.val, self._cut(splits.val, folder)
+        self.notes += self._unknown() if config.weights is not None else []
         self.plan = TrainPlan(self.train_pairs.lengths, text.batch_tokens, config.seed, world.size)
 
     def _tokenizer(self, train: Pairs, folder: Path | None) -> Tokenizer:
@@ -116,6 +117,21 @@ class TextData:
             f"({pairs.some(long)}; {self._limit(folder)})"
         )
         return encode(self.tokenizer, pairs, most)
+
+    def _unknown(self) -> list[str]:
+        """A note of characters that the tokenizer of the weights does not know, and that the model cannot learn."""
+        has = np.zeros(len(self.train), dtype=bool)
+        characters: dict[str, None] = {}
+        for k, side in enumerate((self.train.sources, self.train.targets)):
+            for i in np.flatnonzero(self.train_pairs.holds(k, self.tokenizer.unknown)):
+                has[i] = True
+                if len(characters) <= NAMED:
+                    characters.update(dict.fromkeys(unknown_characters(self.tokenizer, side[i], target=k == 1)))
+        if not has.any():
+            return []
+        count, where = int(has.sum()), self.train.some(np.flatnonzero(has))
+        of = f"{counted(count, 'pair')} of {len(has)} {'has' if count == 1 else 'have'} characters"
+        return [f"{of} that {self.config.weights} does not know and cannot learn{listed([*characters])} ({where})"]
 
     def __len__(self) -> int:
         return len(self.train)

@@ -27,7 +27,7 @@ from saccade.metrics.translation import TranslationReport, doubt
 from saccade.models.translator import Translator
 from saccade.predictions.translation import Translation
 from saccade.tasks.translation import TranslationTask
-from saccade.tokenizer import Tokenizer, read_tokenizer
+from saccade.tokenizer import Tokenizer, listed, read_tokenizer, unknown_characters
 from saccade.weights.convert import check_tokenizer
 from saccade.weights.load import load_network
 from saccade.weights.model_file import ModelCard
@@ -38,7 +38,6 @@ PENALTY = 1.0  # of a translation's length
 BATCH = 32  # texts at a time
 READ_AHEAD = 32  # batches whose texts are sorted by length
 ROOM = 20  # tokens that a translation may have beside twice its text's
-NAMED = 10  # unknown characters that a note names
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class TextModel:
                 full = [i for i in members if len(encoded[i][0]) > 1]
                 source = self._padded([encoded[i][0] for i in full])
                 most = [self._most(len(encoded[i][0])) for i in full]
-                hypotheses = search(self.network, source, most, start + first)
+                hypotheses = search(self.network, source, most, [start + i for i in full])
                 for i, hypothesis in zip(full, hypotheses, strict=True):
                     found[i] = self._translation(part[i], encoded[i], hypothesis, explained, search.scored)
                 for i in set(members) - set(full):
@@ -204,18 +203,13 @@ class TextModel:
         notes = []
         if len(tokens) > most:
             notes.append(f"cut after {most} of {len(tokens)} tokens, which is all that the model can take")
+        if len(text.strip().splitlines()) > 1:
+            notes.append("its line ends are taken for spaces; a line is a text of its own where it is given as one")
         if unknown := tokens.count(self.tokenizer.unknown):
             are = "is" if unknown == 1 else "are"
-            notes.append(f"{unknown} of {len(tokens) - 1} tokens {are} unknown to the model{self._unknown(text)}")
+            named = listed(unknown_characters(self.tokenizer, text))
+            notes.append(f"{unknown} of {len(tokens) - 1} tokens {are} unknown to the model{named}")
         return self._cut(tokens), "; ".join(notes)
-
-    def _unknown(self, text: str) -> str:
-        """The characters that have no token, for a note."""
-        letters = [letter for letter in dict.fromkeys(text) if not letter.isspace()]
-        encoded = zip(letters, self.tokenizer.encode(letters), strict=True)
-        found = [letter for letter, tokens in encoded if self.tokenizer.unknown in tokens]
-        more = " ..." if len(found) > NAMED else ""
-        return f": {' '.join(found[:NAMED])}{more}" if found else ""
 
     def _cut(self, tokens: list[int]) -> list[int]:
         most = self.network.config.max_length
@@ -267,7 +261,7 @@ class Search:
         for name, kind, sound, what in (
             ("beams", Integral, lambda value: 1 <= value <= MOST_BEAMS, f"a whole number from 1 to {MOST_BEAMS}"),
             ("length_penalty", Real, lambda value: 0 <= value <= 10, "a number from 0 to 10"),
-            ("temperature", Real, lambda value: 0 < value < math.inf, "above 0"),
+            ("temperature", Real, lambda value: 0 < value < math.inf, "above 0 (beams 1 takes the likeliest)"),
             ("top_k", Integral, lambda value: value >= 1, "a whole number above 0"),
             ("top_p", Real, lambda value: 0 < value <= 1, "above 0 and at most 1"),
             ("seed", Integral, lambda value: value >= 0, "0 or a whole number above"),
@@ -288,17 +282,24 @@ class Search:
     def scored(self) -> bool:
         return self.temperature is None
 
-    def __call__(self, network: Translator, source: Tensor, most: list[int], number: int) -> list[Hypothesis]:
-        """One for each text of a batch, whose `number` makes it draw other tokens than its neighbours."""
+    def __call__(self, network: Translator, source: Tensor, most: list[int], numbers: list[int]) -> list[Hypothesis]:
+        """One for each text of a batch. What is drawn for a text hangs on the seed and its number alone."""
         if self.temperature is None:
             beams = BEAMS if self.beams is None else self.beams
             penalty = PENALTY if self.length_penalty is None else self.length_penalty
             found = beam_search(network, source, most, beams=beams, length_penalty=penalty)
             return [several[0] for several in found]
-        (state,) = np.random.SeedSequence([self.seed or 0, number]).generate_state(1, np.uint64)
-        generator = torch.Generator(source.device).manual_seed(int(state) >> 1)
+        chances = np.zeros((len(numbers), max(most, default=0)))
+        for row, number in zip(chances, numbers, strict=True):
+            row[:] = np.random.Generator(np.random.PCG64([self.seed or 0, number])).random(len(row))
         drawn = sample(
-            network, source, most, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, generator=generator
+            network,
+            source,
+            most,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            chances=torch.from_numpy(chances),
         )
         return [Hypothesis(tuple(each), 0.0, len(each) == m - 1) for each, m in zip(drawn, most, strict=True)]
 

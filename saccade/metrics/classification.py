@@ -220,10 +220,10 @@ class ClassificationReport:
 
     files: ClassVar = ("metrics.json", "confusion.png", "calibration.png")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the `files`: figures, confusion and calibration. UserError where the folder holds
-        a report, or cannot be written."""
-        folder = begin_folder(folder, self.to_dict())
+    def save(self, folder: str | Path, of: Mapping[str, Any] | None = None) -> Path:
+        """Write the `files`: figures (with what they are `of`, if given), confusion and calibration. UserError where
+        the folder holds a report, or cannot be written."""
+        folder = begin_folder(folder, self.to_dict(), of)
         (_draw_confusion if len(self.classes) <= 200 else _draw_most_confused)(self, folder / "confusion.png")
         _draw_calibration(self, folder / "calibration.png")
         return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -131,10 +131,10 @@ class DetectionReport:
 
     files: ClassVar = ("metrics.json", "precision_recall.png", "errors.png")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the `files`: figures, curves and kinds of mistakes. UserError where the folder holds
-        a report, or cannot be written."""
-        folder = begin_folder(folder, self.to_dict())
+    def save(self, folder: str | Path, of: Mapping[str, Any] | None = None) -> Path:
+        """Write the `files`: figures (with what they are `of`, if given), curves and kinds of mistakes. UserError where
+        the folder holds a report, or cannot be written."""
+        folder = begin_folder(folder, self.to_dict(), of)
         _draw_curves(self, folder / "precision_recall.png")
         _draw_errors(self, folder / "errors.png")
         return folder

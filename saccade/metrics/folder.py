@@ -24,14 +24,14 @@ def refuse_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written ({there} may not be changed); choose another folder")
 
 
-def begin_folder(folder: str | Path, figures: Mapping[str, Any]) -> Path:
-    """Make it and write the figures. Nothing is overwritten; UserError where that cannot be."""
+def begin_folder(folder: str | Path, figures: Mapping[str, Any], of: Mapping[str, Any] | None) -> Path:
+    """Make it and write the figures, and what they are `of`. Nothing is overwritten; UserError where that cannot be."""
     folder = Path(folder)
     refuse_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / FIGURES).open("x", encoding="utf-8") as file:
-            file.write(json.dumps(figures, indent=1) + "\n")
+            file.write(json.dumps({**({} if of is None else {"of": of}), **figures}, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: the report cannot be written ({error.strerror or error})") from None
     return folder

@@ -13,7 +13,7 @@ from saccade.metrics.folder import begin_folder
 from saccade.words import counted, language
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
@@ -95,11 +95,11 @@ class TranslationReport:
         for example in self.examples[:SHOWN]:
             say(f"\n  {example.source}\n  -> {example.translation}\n  =  {example.reference}")
 
-    def save(self, folder: str | Path) -> Path:
-        """`metrics.json`, and every translation beside its reference in `translations.tsv`, a text in each cell as it
-        is but for tabs and line ends, which are spaces there. UserError where the folder holds a report, or cannot
-        be written."""
-        folder = begin_folder(folder, self.to_dict())
+    def save(self, folder: str | Path, of: Mapping[str, Any] | None = None) -> Path:
+        """`metrics.json` (with what it is `of`, if given), and every translation beside its reference in
+        `translations.tsv`, a text in each cell as it is but for tabs and line ends, which are spaces there. UserError
+        where the folder holds a report, or cannot be written."""
+        folder = begin_folder(folder, self.to_dict(), of)
         rows = [("source", "translation", "reference")]
         rows += [(each.source, each.translation, each.reference) for each in self.examples]
         lines = ["\t".join(SEPARATORS.sub(" ", cell) for cell in row) + "\n" for row in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -29,7 +29,7 @@ class Report(Protocol):
 
     def render(self, console: Any) -> None: ...
 
-    def save(self, folder: str | Path) -> Path: ...
+    def save(self, folder: str | Path, of: Mapping[str, Any] | None = None) -> Path: ...
 
 
 class Task(Protocol):

@@ -287,8 +287,10 @@ def test_weights_that_are_no_numbers(model: Path, tmp_path: Path) -> None:
     row = replace(loaded.row, norm_eps=-100.0)  # pyright: ignore[reportCallIssue]
     loaded.weights["embeddings"][3, 2] = 0
     save_model(tmp_path / "eps.safetensors", loaded.weights, replace(loaded.card, architecture=row.to_dict()))
-    with pytest.raises(UserError, match="scores are no numbers"):
-        TextModel.load(tmp_path / "eps.safetensors", device="cpu").translate("A dog.")
+    broken = TextModel.load(tmp_path / "eps.safetensors", device="cpu")
+    for options in ({}, {"temperature": 1.0}):
+        with pytest.raises(UserError, match="scores are no numbers"):
+            broken.translate("A dog.", **options)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,9 @@ def test_drawn_translations_depend_on_the_seed(model: TextModel) -> None:
 
     assert drawn(1) == drawn(1) != drawn(2)
     many = [each.text for each in model.translate(["A dog."] * 12, temperature=1.5, batch_size=4)]
-    assert many[:4] != many[4:8] != many[8:], "each batch draws tokens of its own"
+    assert len({*many}) > 6, "each text draws tokens of its own"
+    again = [each.text for each in model.translate(["A dog."] * 12, temperature=1.5, batch_size=1)]
+    assert again == many, "and the same ones in any batch"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,17 @@ def test_unknown_characters_are_said(model: TextModel) -> None:
         list(model.stream("犬"))
     (long,) = model.translate("dog " * 60 + "猫")
     assert "cut after 24 of" in long.note and "unknown to the model: 猫" in long.note
+
+
+def test_several_lines_are_said(model: TextModel) -> None:
+    one, two = model.translate(["A dog runs.\n", "A dog runs.\nTwo men play."])
+    assert one.note == "" and two.note.startswith("its line ends are taken for spaces; a line is a text of its own")
+
+
+def test_one_text_alone_is_no_list_of_texts(model: TextModel) -> None:
+    assert len(model.tokenizer.encode(["A dog."])) == 1
+    with pytest.raises(UserError, match="'A dog.': is one text; give a list of them"):
+        model.tokenizer.encode("A dog.")
 
 
 def test_predict_is_translate(model: TextModel) -> None:

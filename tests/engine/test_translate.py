@@ -194,6 +194,17 @@ def test_fine_tuning_keeps_the_tokenizer(texts: Path, tmp_path: Path) -> None:
     assert resolve({**values, "weights": str(tmp_path / "short.safetensors")}).text.max_length == 20
 
 
+def test_characters_that_the_weights_do_not_know_are_said(texts: Path, tmp_path: Path) -> None:
+    engine.train(config(texts, tmp_path / "one"), show=False)
+    folder = make_texts(tmp_path / "texts")
+    with open(folder / "train.en", "a") as one, open(folder / "train.de", "a") as other:
+        one.write("a dog 😀\na dog\n")
+        other.write("ein 犬 Hund\nein Hund\n")
+    settings = config(folder, tmp_path / "two").model_copy(update={"weights": str(tmp_path / "one")})
+    (said,) = [note for note in engine.open_session(settings, World()).data.notes if "cannot learn" in note]
+    assert "1 pair of 40 has characters" in said and ": 😀 犬 (" in said and "train.en:39" in said
+
+
 def test_too_long_texts_are_left_out_and_said(texts: Path, tmp_path: Path) -> None:
     folder = make_texts(tmp_path / "texts")
     with open(folder / "train.en", "a") as one, open(folder / "train.de", "a") as other:

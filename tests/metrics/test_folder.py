@@ -42,6 +42,9 @@ def test_a_report_is_written_once(make, tmp_path: Path) -> None:
     assert report.save(folder) == folder
     assert {path.name for path in folder.iterdir()} == {*report.files}
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    of = {"model": "runs/a", "data": "photos", "split": None}
+    named = json.loads((report.save(tmp_path / "named", of) / "metrics.json").read_text())
+    assert named == {"of": of, **json.loads(json.dumps(report.to_dict()))}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match=r"holds the report of before \(metrics.json\); choose another"):
         report.save(folder)

@@ -160,13 +160,35 @@ def test_nothing_to_translate(model: Translator) -> None:
 def test_sampling_follows_the_probabilities() -> None:
     model = model_that_ends("transformer_tiny")
     source = sources(1).expand(4000, -1)
-    found = sample(model, source, 2, temperature=2.0, generator=torch.Generator().manual_seed(0))
+    chances = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    found = sample(model, source, 2, temperature=2.0, chances=chances)
     expected = (logarithms(model, source[:1], []) / 2.0).softmax(dim=0)
     first = torch.tensor([each[0] if each else 2 for each in found])
     measured = torch.bincount(first, minlength=60) / len(first)
     assert (measured - expected).abs().max() < 0.03
-    again = sample(model, source, 2, temperature=2.0, generator=torch.Generator().manual_seed(0))
-    assert again == found
+    assert sample(model, source, 2, temperature=2.0, chances=chances) == found
+    assert sample(model, source, 2, temperature=2.0) != found
+
+
+def test_what_is_drawn_for_a_text_depends_on_no_other() -> None:
+    model, source = model_that_ends("transformer_tiny"), sources()
+    chances = torch.rand(len(source), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    together = sample(model, source, 12, temperature=2.0, chances=chances)
+    assert len({*map(tuple, together)}) > 1
+    for i in range(len(source)):
+        assert sample(model, source[i : i + 1], 12, temperature=2.0, chances=chances[i : i + 1]) == [together[i]]
+    turned = sample(model, source.flip(0), 12, temperature=2.0, chances=chances.flip(0))
+    assert turned[::-1] == together
+
+
+@pytest.mark.parametrize("chance", [0.0, 1 - 1e-16])
+def test_nothing_is_drawn_that_may_not_be(model: Translator, chance: float) -> None:
+    """Not even by the smallest and the largest number, which lie at the edges of what has a share."""
+    chances = torch.full((len(sources()), 12), chance, dtype=torch.float64)
+    assert sample(model, sources(), 12, top_k=1, chances=chances) == greedy(model, sources(), 12)
+    pad, begin = model.config.pad, model.config.begin
+    drawn = sample(model, sources(), 12, temperature=100.0, chances=chances)
+    assert not {pad, begin} & {token for tokens in drawn for token in tokens}
 
 
 def test_sampling_of_one_token_is_greedy(model: Translator) -> None:

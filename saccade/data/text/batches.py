@@ -59,6 +59,12 @@ class EncodedPairs:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def holds(self, side: int, token: int) -> np.ndarray:
+        """bool (N,): whether each text of a side has this token."""
+        numbers, starts = self.sides[side]
+        before = np.concatenate([[0], np.cumsum(numbers == token)])
+        return before[starts[1:]] > before[starts[:-1]]
+
     def batch(self, indices: np.ndarray) -> TextBatch:
         source, tokens = (
             torch.from_numpy(_padded(numbers, starts, indices, self.pad)) for numbers, starts in self.sides

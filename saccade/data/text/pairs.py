@@ -111,7 +111,9 @@ def direction_of(where: str, languages: list[str], asked: Asked, usual: tuple[st
         for of, into in ((first, second), (second, first)):
             if re.search(rf"(^|[^a-z]){of}[-_.]{into}([^a-z]|$)", name.lower()):
                 return of, into, ""
-    return (second, first, "from English") if second == "en" else (first, second, "the first of both")
+    if "en" in languages:
+        return "en", first if second == "en" else second, "from English"
+    return first, second, "the first of both"
 
 
 def _names(path: Path) -> list[str]:

@@ -85,7 +85,7 @@ def open_text_splits(
     found = find_pairs(path, source, target, usual)
     beside = find_pairs(val, source, target, usual) if val is not None else FoundPairs()
     raise_problems([problem for problem in (*found.problems, *beside.problems) if problem.refuses], str(path))
-    notes = [*found.notes, *beside.notes]
+    notes = [*_notes(found), *_notes(beside)]
     train = found.splits.get("train") or found.splits.get("all")
     if train is None and len(found.splits) == 1:
         train = next(iter(found.splits.values()))
@@ -126,7 +126,7 @@ def open_pairs(
     found = find_pairs(path, source, target, usual)
     raise_problems([problem for problem in found.problems if problem.refuses], str(path))
     if notes is not None:
-        notes += found.notes
+        notes += _notes(found)
     return _to_measure(found, path, split)
 
 
@@ -136,6 +136,14 @@ def read_texts(path: str | Path) -> list[str]:
     lines = read_lines(Path(path), problems)
     raise_problems([problem for problem in problems if problem.refuses], str(path))
     return lines or []
+
+
+def _notes(found: FoundPairs) -> list[str]:
+    """Also of what does not keep anyone from learning, but may not be meant."""
+    nul = [problem.where for problem in found.problems if problem.kind == "nul_byte"]
+    shown = ", ".join(nul[:3]) + (" ..." if len(nul) > 3 else "")
+    hold = "line holds a NUL byte" if len(nul) == 1 else "lines hold NUL bytes"
+    return [*found.notes, *([f"{len(nul)} {hold} ({shown}); saccade inspect says which"] if nul else [])]
 
 
 def _to_measure(found: FoundPairs, path: Path, split: str | None) -> Pairs:

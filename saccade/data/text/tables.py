@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | Non
                 faulty.append(Problem("json", f"{path}:{number}", what))
                 continue
             rows.append((number, texts))
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    counts = Counter(column for _, row in rows for column in row)
+    usual_columns = [column for column, count in counts.items() if 2 * count > len(rows)]
+    columns = usual_columns if len(usual_columns) > 1 else list(counts)  # what few rows have may be a slip
     if len(columns) < 2:
         found.problems += faulty or [Problem("one_sided", str(path), "only one side; two columns of text are needed")]
         return
@@ -186,6 +189,9 @@ def _told(
     elif usual is not None and source in (None, usual[0]) and target in (None, usual[1]):
         told = usual
     elif source is None and target is None:
+        named = "--text.source and --text.target name them, or a first line such as en and de"
+        what = "its columns name no languages, and the first is translated into the second"
+        found.notes.append(f"{path}: {what}; {named}")
         return sides
     else:
         raise UserError(

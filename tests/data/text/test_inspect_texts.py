@@ -235,4 +235,6 @@ def test_what_no_model_could_learn_from(tmp_path: Path) -> None:
     assert "12 of 12 pairs have the same text on both sides" in report.problems[1].what
     (hint,) = (hint for hint in report.hints if "words on a side" in hint)
     assert "1 pair has more than 128" in hint and "train.en:5" in hint
-    assert len(open_text_splits(folder).train) == 60, "they keep nobody from training"
+    splits = open_text_splits(folder)
+    assert len(splits.train) == 60, "they keep nobody from training"
+    assert any("1 line holds a NUL byte" in note and "train.de:9" in note for note in splits.notes)

@@ -95,6 +95,29 @@ def test_direction_of_tables(folder: str, file: str, tmp_path: Path) -> None:
         assert open_text_splits(path, source="en").train.languages == ("en", "de")
 
 
+def test_a_stray_column_is_the_fault_of_its_row(tmp_path: Path) -> None:
+    lines = [json.dumps({"en": one, "de": other}) for one, other in zip(text(20), translated(text(20)), strict=True)]
+    file = write(tmp_path / "train.jsonl", [*lines[:8], '{"en": "x", "fr": "y"}', *lines[8:]])
+    with pytest.raises(UserError, match=r"train.jsonl:9: has no text in 'de'"):
+        open_text_splits(file)
+
+
+def test_columns_that_name_no_languages_are_noted(tmp_path: Path) -> None:
+    rows = [f"{one}\t{other}" for one, other in zip(text(20), translated(text(20)), strict=True)]
+    splits = open_text_splits(write(tmp_path / "all.tsv", rows))
+    assert splits.train.languages == ("source", "target")
+    assert any("name no languages, and the first is translated into the second" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize(("header", "why"), [("en\tde", "from English"), ("de\ten", "from English"),
+                                             ("fr\tde", "the first of both")])  # fmt: skip
+def test_the_reason_for_a_direction_is_said(header: str, why: str, tmp_path: Path) -> None:
+    rows = [f"{one}\t{other}" for one, other in zip(text(20), translated(text(20)), strict=True)]
+    splits = open_text_splits(write(tmp_path / "talks" / "all.tsv", [header, *rows]))
+    assert splits.train.languages == (("en", "de") if "en" in header else ("fr", "de"))
+    assert any(f"({why};" in note for note in splits.notes)
+
+
 def test_held_out_part_is_seeded_and_apart(tmp_path: Path) -> None:
     lines = [f"{i} {line}" for i, line in enumerate(text(40))]
     file = write(tmp_path / "pairs.tsv", [f"{one}\t{one} too" for one in lines])
