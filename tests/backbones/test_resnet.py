@@ -180,7 +180,7 @@ def test_the_stem_is_computed_twice_and_counted_once() -> None:
     F.max_pool2d(plain.stem(images), 3, 2, 1).square().sum().backward()
     model._pooled(images).square().sum().backward()
     for (name, one), other in zip(plain.stem.named_parameters(), model.stem.parameters(), strict=True):
-        assert one.grad is not None and torch.equal(one.grad, other.grad), name
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
     for (name, one), other in zip(plain.stem.named_buffers(), model.stem.buffers(), strict=True):
         assert torch.equal(one, other), name
     assert model.stem.norm.num_batches_tracked == 1

@@ -288,9 +288,9 @@ def test_weights_that_are_no_numbers(model: Path, tmp_path: Path) -> None:
     loaded.weights["embeddings"][3, 2] = 0
     save_model(tmp_path / "eps.safetensors", loaded.weights, replace(loaded.card, architecture=row.to_dict()))
     broken = TextModel.load(tmp_path / "eps.safetensors", device="cpu")
-    for options in ({}, {"temperature": 1.0}):
+    for temperature in (None, 1.0):
         with pytest.raises(UserError, match="scores are no numbers"):
-            broken.translate("A dog.", **options)
+            broken.translate("A dog.", temperature=temperature)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
