@@ -183,6 +183,7 @@ class NetworkConfig(Config):
     )
 
 
+FEWEST = 64  # tokens that a vocabulary may be bounded by
 SHORTEST, LONGEST = 4, 4096  # of the bound of a text's length, in tokens
 
 
@@ -192,7 +193,7 @@ class TextConfig(Config):
     source: str | None = Field(default=None, description="language that is translated, as files and columns name it")
     target: str | None = Field(default=None, description="language that is translated into")
     vocabulary: int = Field(
-        default=6000, ge=64, le=1_000_000, description="most tokens of the vocabulary that both languages share"
+        default=6000, ge=FEWEST, le=1_000_000, description="most tokens of the vocabulary that both languages share"
     )
     tokenizer: Literal["bpe", "unigram"] = Field(
         default="bpe", description="how subwords are learnt; unigram is not the same in every run"

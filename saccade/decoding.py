@@ -58,14 +58,15 @@ def sample(
 
     if chances is None:
         chances = torch.rand(len(source), max(_for_each(max_length, len(source)), default=0), dtype=torch.float64)
-    known = chances.to(source.device)
+    wide = torch.float32 if source.device.type == "mps" else torch.float64  # which that device lacks
+    known = chances.to(source.device, wide)
     divisor = min(max(temperature, 1e-30), 1e30)  # beyond, it or its inverse would be 0 or infinite in float32
 
     def draw(scores: Float[Tensor, "R V"], rows: Int[Tensor, " R"], time: int) -> Int[Tensor, " R"]:
         scores = scores.float()
         scores = (scores - scores.amax(dim=-1, keepdim=True)) / divisor  # below 0, so that nothing overflows to inf
         shares = truncated(scores, top_k, top_p).softmax(dim=-1)
-        below = shares.to(known.dtype).cumsum(dim=-1)
+        below = shares.to(wide).cumsum(dim=-1)
         total = below[:, -1:]
         if not total.isfinite().all():
             raise UserError(DAMAGED)

@@ -113,5 +113,11 @@ class Backbone(nn.Module, ABC):
             return layer(*inputs)
         if torch.compiler.is_compiling() or not isinstance(layer, nn.Module):  # a compiler takes no contexts
             return checkpoint(layer, *inputs, use_reentrant=False)
-        again = partial(statistics_kept, layer)
-        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+        return computed_again(layer, layer, *inputs)
+
+
+def computed_again(call: Callable[..., Any], layer: nn.Module, *inputs: Any) -> Any:
+    """`call(*inputs)`, of which nothing inside is kept for the backward pass, where it runs once more; batches leave
+    their trace in the running statistics of `layer`, which it uses, once."""
+    again = partial(statistics_kept, layer)
+    return checkpoint(call, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))

@@ -7,20 +7,17 @@ they get.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from saccade.backbones.base import Backbone, Row
+from saccade.backbones.base import Backbone, Row, computed_again
 from saccade.backbones.features import Features
-from saccade.layers.convolution import ConvNorm, statistics_kept
+from saccade.layers.convolution import ConvNorm
 from saccade.layers.encoder import drop_path
 
 EXPANSION = 4  # a bottleneck's outer width, of its inner one
@@ -159,14 +156,7 @@ class ResNet(Backbone):
         normalised and pooled once more: that takes little time, and would be kept all the while."""
         if torch.compiler.is_compiling() or not self.stem.by_batch:  # a compiler decides that itself
             return _pool(self.stem(images))
-        x = self.stem.convolve(images)
-        again = partial(statistics_kept, self.stem)
-
-        def finish(x: Tensor) -> Tensor:
-            return _pool(self.stem.finish(x))
-
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(finish, x, context_fn=lambda: (nullcontext(), again()), **options)
+        return computed_again(lambda x: _pool(self.stem.finish(x)), self.stem, self.stem.convolve(images))
 
     @property
     def layers(self) -> Sequence[nn.Module]:

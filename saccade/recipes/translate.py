@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from saccade.config import RunConfig, build_config, closest, merge
+from saccade.config import FEWEST, RunConfig, build_config, closest, merge
 from saccade.data.text.splits import open_text_splits
 from saccade.errors import UserError
 from saccade.models import TRANSLATORS, model_row, task_of
@@ -16,7 +16,6 @@ from saccade.models.translator import TranslatorRow
 from saccade.recipes.summary import DataSummary
 from saccade.weights.load import load_weights
 
-FEWEST = 64  # tokens that --text.vocabulary allows; a small text may give fewer
 LARGE = 1_000_000  # pairs from which on the base size of the paper is worth its time
 ADAM = {"name": "adamw", "beta2": 0.98, "weight_decay": 1e-4}
 RECURRENT = {"lr": 3e-3, "optimizer": ADAM}  # instead of Muon: the matrices of LSTM and GRU are several in one
@@ -120,7 +119,7 @@ def resolve_text(changes: Mapping[str, Any], asked: RunConfig) -> RunConfig:
         usual=usual,
     )
     if isinstance(row, TranslatorRow) and row.vocabulary:
-        start["text"] = {"vocabulary": max(row.vocabulary, FEWEST)}
+        start["text"] = {"vocabulary": max(row.vocabulary, FEWEST)}  # a small text gives fewer
     if usual is not None and splits.train.languages == usual:
         start.setdefault("text", {}).update(source=usual[0], target=usual[1])
     name = asked.recipe

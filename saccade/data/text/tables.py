@@ -149,7 +149,7 @@ def find_table(name: str, path: Path, asked: Asked, usual: tuple[str, str] | Non
                 continue
             rows.append((number, texts))
     counts = Counter(column for _, row in rows for column in row)
-    usual_columns = [column for column, count in counts.items() if 2 * count > len(rows)]
+    usual_columns = [column for column, count in counts.items() if 2 * count > len(rows) or column in asked]
     columns = usual_columns if len(usual_columns) > 1 else list(counts)  # what few rows have may be a slip
     if len(columns) < 2:
         found.problems += faulty or [Problem("one_sided", str(path), "only one side; two columns of text are needed")]

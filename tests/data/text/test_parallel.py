@@ -100,6 +100,8 @@ def test_a_stray_column_is_the_fault_of_its_row(tmp_path: Path) -> None:
     file = write(tmp_path / "train.jsonl", [*lines[:8], '{"en": "x", "fr": "y"}', *lines[8:]])
     with pytest.raises(UserError, match=r"train.jsonl:9: has no text in 'de'"):
         open_text_splits(file)
+    with pytest.raises(UserError, match=r"train.jsonl:1: has no text in 'fr'"):
+        open_text_splits(file, source="en", target="fr")
 
 
 def test_columns_that_name_no_languages_are_noted(tmp_path: Path) -> None:
