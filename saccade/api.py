@@ -148,8 +148,7 @@ def evaluate_texts(
 
 
 def save_report(report: Any, folder: Path, model: str, data: str, *, split: str | None = None) -> tuple[str, ...]:
-    """Write what `evaluate` found of these, with their names; for boxes also a sheet of the
-    pictures with the most mistakes.
+    """Write what `evaluate` found of these, with their names; for boxes also a sheet of pictures with most mistakes.
 
     Returns the names of the files.
     """
