@@ -73,6 +73,7 @@ PARTS: dict[str, Change] = {
     "no denoising": without_denoising,
     "no mosaic": with_settings(augment={"mosaic": 0.0}),
     "no average of the weights": with_settings(ema={"decay": None}),
+    "all in float32": with_settings(precision="float32"),  # differs on devices that multiply in bfloat16
 }
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from saccade.backbones.base import Backbone, Row
 from saccade.backbones.features import Features
-from saccade.layers.convolution import ConvNorm
+from saccade.layers.convolution import ConvNorm, convolve
 from saccade.layers.encoder import drop_path
 
 AGGREGATION = 5  # pixels a side that the second scale of attention gathers
@@ -110,7 +110,7 @@ class ConvNormHardswish(ConvNorm):
             return super().forward(x, scale)
         assert isinstance(norm, nn.BatchNorm2d) and norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
-        return _NormHardswish.apply(self.conv(x), norm, norm.weight, norm.bias)
+        return _NormHardswish.apply(self.convolve(x), norm, norm.weight, norm.bias)
 
 
 class ConvBias(nn.Module):
@@ -121,7 +121,8 @@ class ConvBias(nn.Module):
         self.conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, groups=groups)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        return _hardswish(self.conv(x))
+        conv = self.conv
+        return _hardswish(convolve(x, conv.weight, conv.bias, conv.stride, conv.padding, groups=conv.groups))
 
 
 def _active(

@@ -53,14 +53,18 @@ def make_current(device: torch.device) -> None:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on CUDA devices and processors with matrix units for it, float32 elsewhere."""
+    """`auto`: bfloat16 on CUDA devices and processors that multiply in it, float32 elsewhere."""
     if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if multiplies_in_bfloat16(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether it has instructions for that. Of processors, those with AMX or AVX512-BF16: AMD's since Zen 4, Intel's Xeons
+    since 2021. The others convert, which takes longer than float32 does."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

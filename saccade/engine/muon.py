@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.engine.device import multiplies_in_bfloat16
+
 # x -> a x + b x^3 + c x^5 takes singular values from (0, 1] to about one in five rounds
 A, B, C = 3.4445, -4.7750, 2.0315
 ROUNDS = 5
@@ -20,7 +22,7 @@ class Muon(torch.optim.Optimizer):
     The rule is https://kellerjordan.github.io/posts/muon/, with Nesterov's momentum, decoupled weight decay, and steps
     as large as AdamW's (https://arxiv.org/abs/2502.16982): 0.2 times the root of the longer side. It is that of
     `torch.optim.Muon`, which multiplies in bfloat16 wherever it runs; processors without instructions for it take ten
-    times as long over that as over float32. Here only accelerators are given bfloat16.
+    times as long over that as over float32, which they are given here.
 
     All parameters must be matrices.
     """
@@ -57,7 +59,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """(R, C) -> (R, C) with the same singular vectors, and singular values of about one, by Newton-Schulz iteration."""
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+    x = matrix.to(torch.bfloat16 if multiplies_in_bfloat16(matrix.device) else torch.float32)
     if not wide:
         x = x.T  # the products below are of the shorter side
     x = x / x.norm().clamp(min=SMALLEST)

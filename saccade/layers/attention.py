@@ -38,10 +38,12 @@ FUSED_FROM = 512  # tokens
 
 
 def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
-    """On processors, the fused backward pass for bfloat16 is up to eight times slower than products on short rows."""
+    """On processors, the fused backward pass for bfloat16 is up to eight times slower than products on short rows; without
+    matrix units the forward pass is twice as slow."""
     short = q.shape[2] * k.shape[2] <= FUSED_FROM**2
-    learns = torch.is_grad_enabled() and q.requires_grad
-    return short and learns and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if not short or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return False
+    return (torch.is_grad_enabled() and q.requires_grad) or not torch.cpu._is_amx_tile_supported()
 
 
 def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from saccade.config import RunConfig
 from saccade.engine import device as devices
 from saccade.engine import distributed
 from saccade.engine import train as engine
-from saccade.engine.device import choose_device
+from saccade.engine.device import choose_device, choose_precision
 from saccade.engine.distributed import World
 
 
@@ -56,3 +56,17 @@ def test_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.start() == World(5, 1, 1, 4)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert distributed.start().local_size == 2
+
+
+@pytest.mark.parametrize(
+    "instructions", [(), ("_is_avx512_bf16_supported",), ("_is_amx_tile_supported", "_is_avx512_bf16_supported")], ids=str
+)
+def test_bfloat16_where_the_processor_multiplies_in_it(
+    instructions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in instructions)
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == (torch.bfloat16 if instructions else torch.float32)
+    assert choose_precision("float32", cpu) == torch.float32 and choose_precision("bfloat16", cpu) == torch.bfloat16
+    assert choose_precision("auto", torch.device("meta")) == torch.float32

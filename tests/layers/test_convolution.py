@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from saccade.layers.convolution import ConvNorm, FrozenBatchNorm, statistics_kept
+from saccade.layers.convolution import ConvNorm, FrozenBatchNorm, convolve, statistics_kept
 
 FORMS = {
     "plain": {},
@@ -147,3 +147,28 @@ assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[0].abs().max
 def test_few_channels_and_a_stride_stay_within_their_memory() -> None:
     """In a process of its own: without what prevents it, oneDNN aborts or never ends."""
     subprocess.run([sys.executable, "-c", FEW_CHANNELS], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_bfloat16(groups: int, stride: int) -> None:
+    """The same within its rounding, forward and backward; channels of their own in large steps are computed in float32,
+    which shows in their gradients."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, stride, 1, groups=groups)
+    x = torch.randn(2, 8, 9, 7)
+    found = {}
+    for low in (False, True):
+        place = x.clone().requires_grad_()
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out = convolve(place, conv.weight, conv.bias, conv.stride, conv.padding, groups=groups)
+        assert out.dtype == (torch.bfloat16 if low else torch.float32)
+        out.float().cos().sum().backward()
+        assert place.grad is not None and conv.weight.grad is not None
+        found[low] = (out.float(), place.grad, conv.weight.grad)
+    for exact, rounded in zip(found[False], found[True], strict=True):
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
+    exact, rounded = (found[low][1] for low in (False, True))
+    alone = groups > 1 and stride > 1
+    assert (rounded == rounded.bfloat16().float()).all().item() != alone
