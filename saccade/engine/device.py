@@ -52,10 +52,12 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on CUDA devices and processors that multiply in it, float32 elsewhere."""
+def choose_precision(name: str, device: torch.device, *, learns: bool = False) -> torch.dtype:
+    """`auto`: bfloat16 on CUDA devices that multiply in it, and on such processors where a model learns; float32
+    elsewhere, so that an answer does not hang on which processor gave it."""
     if name == "auto":
-        return torch.bfloat16 if multiplies_in_bfloat16(device) else torch.float32
+        low = (learns or device.type != "cpu") and multiplies_in_bfloat16(device)
+        return torch.bfloat16 if low else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

@@ -149,7 +149,7 @@ def open_session(config: RunConfig, world: World, folder: Path | None = None) ->
     """All that a run works with. With the `folder` of one that is continued, the weights may be yet to be restored."""
     device = choose_device(config.device, world)
     make_current(device)
-    precision = choose_precision(config.precision, device)
+    precision = choose_precision(config.precision, device, learns=True)
     row = None if folder is None else planned_row(folder)
     data = open_data(config, world, device, folder)
     seed_everything(config.seed, 0, 0)  # the same initial weights in every process
@@ -313,15 +313,17 @@ def only_in_training(session: Session) -> list[str]:
 
 
 def evaluate(session: Session, unreadable: list[str] | None = None) -> Any:
+    """In the precision in which the model will answer; a run in float32 stays in it."""
     if session.sharded:
         distributed.same_buffers(session.model, session.world)
+    name = "float32" if session.precision == torch.float32 else "auto"
     return evaluate_batches(
         session.network,
         session.data.eval_batches(),
         session.task,
         session.data.inputs,
         session.device,
-        session.precision,
+        choose_precision(name, session.device),
         session.world,
         unreadable=unreadable,
     )
