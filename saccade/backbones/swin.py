@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from saccade.backbones.base import Backbone, Row
 from saccade.backbones.features import Features
@@ -359,9 +360,17 @@ class Swin(Backbone):
         p = self.config.patch_size
         if H % p or W % p:
             images = F.pad(images, (0, -W % p, 0, -H % p))
-        maps = self.patches(images)  # (B, C, h, w)
-        B, _, h, w = maps.shape
-        return Tokens(self.patch_norm(maps.permute(0, 2, 3, 1).flatten(0, 2)), plain_layout(B, (h, w), maps.device))
+        (H, W), B = images.shape[-2:], len(images)
+        return Tokens(self._cheaply(self._embed, images), plain_layout(B, (H // p, W // p), images.device))
+
+    def _embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "Bhw C"]:
+        return self.patch_norm(self.patches(images).permute(0, 2, 3, 1).flatten(0, 2))
+
+    def _cheaply(self, part: Callable[..., Any], *inputs: Any) -> Any:
+        """What lies between the stages is a hundredth of the work, and takes less to compute again than to keep."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return part(*inputs)
+        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Features:
         maps = [stage.rows().permute(0, 3, 1, 2) for stage in self._stages(images)]
@@ -380,7 +389,8 @@ class Swin(Backbone):
             if merge is not None:
                 (B, (h, w)), first = (tokens.layout.batch, tokens.layout.grid), blocks[0]
                 assert isinstance(first, SwinBlock)
-                tokens = merge(tokens, first.arrangement(B, ((h + 1) // 2, (w + 1) // 2), tokens.x.device))
+                layout = first.arrangement(B, ((h + 1) // 2, (w + 1) // 2), tokens.x.device)
+                tokens = self._cheaply(merge, tokens, layout)
             for block in blocks:
                 tokens = self.run(block, tokens)
             yield tokens

@@ -62,8 +62,9 @@ def choose_precision(name: str, device: torch.device, *, learns: bool = False) -
 
 
 def multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether it has instructions for that. Of processors, those with AMX or AVX512-BF16: AMD's since Zen 4, Intel's Xeons
-    since 2021. The others convert, which takes longer than float32 does."""
+    """Whether it has instructions for that. Processors with AVX512-BF16 or AMX do: AMD's since Zen 4, Intel's Xeons
+    since 2023. Others convert, which takes longer than float32 does.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -38,8 +38,8 @@ FUSED_FROM = 512  # tokens
 
 
 def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
-    """On processors, the fused backward pass for bfloat16 is up to eight times slower than products on short rows; without
-    matrix units the forward pass is twice as slow."""
+    """On processors, the fused backward pass for bfloat16 is up to eight times slower than products on short rows; the
+    forward pass twice, without matrix units."""
     short = q.shape[2] * k.shape[2] <= FUSED_FROM**2
     if not short or q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return False

@@ -16,9 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = 96  # rows: below, bringing the weights into a convolution's order costs what it gains
+FEW = 64  # rows: below, bringing the weights into a convolution's order costs what it gains
 SMALL = 20480  # numbers in an input: up to here, PyTorch takes no oneDNN for a convolution
 EVEN = 4  # rows: oneDNN takes two to three times as long to sum gradients of weights over other numbers than multiples
+# numbers in the weights for each row: from here on, oneDNN's sums of gradients over the rows take up to ten times as
+# long as the same products put as a layer, and a copy of the weights for each thread
+LARGE = 2500
 # means nothing to kernels of one place; but with it PyTorch takes oneDNN also where it has one thread
 DILATION = [2, 2]
 
@@ -74,16 +77,25 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         upstream = gradients[0].contiguous()
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        # its weights' gradients first, because what oneDNN works in for them is then free for the gradient of `x`
+        gradient_of_weight, shifts = _of_parameters(upstream, x, weight, of_weight, of_bias)
         gradient_of_x = _rows(_differentiate(upstream, x, weight, [True, False, False])[0]) if of_x else None
-        if not of_weight:
-            return gradient_of_x, None, upstream.sum(dim=0) if of_bias else None
-        even = len(x) - len(x) % EVEN
-        _, kernels, shifts = _differentiate(upstream[:even], x[:even], weight, [False, True, of_bias])
-        gradient_of_weight = kernels.view_as(weight)
-        if even < len(x):
-            gradient_of_weight.addmm_(upstream[even:].T, x[even:])
-            shifts = shifts + upstream[even:].sum(dim=0) if of_bias else None
-        return gradient_of_x, gradient_of_weight, shifts if of_bias else None
+        return gradient_of_x, gradient_of_weight, shifts
+
+
+def _of_parameters(
+    upstream: Float[Tensor, "M O"], x: Float[Tensor, "M I"], weight: Tensor, of_weight: bool, of_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if not of_weight or weight.numel() >= LARGE * len(x):
+        of_kernels = _convolve(upstream.T.contiguous(), x.T, None) if of_weight else None
+        return of_kernels, upstream.sum(dim=0) if of_bias else None
+    even = len(x) - len(x) % EVEN
+    _, kernels, shifts = _differentiate(upstream[:even], x[:even], weight, [False, True, of_bias])
+    of_kernels = kernels.view_as(weight)
+    if even < len(x):
+        of_kernels.addmm_(upstream[even:].T, x[even:])
+        shifts = shifts + upstream[even:].sum(dim=0) if of_bias else None
+    return of_kernels, shifts if of_bias else None
 
 
 def _differentiate(upstream: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,7 +59,9 @@ def test_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "instructions", [(), ("_is_avx512_bf16_supported",), ("_is_amx_tile_supported", "_is_avx512_bf16_supported")], ids=str
+    "instructions",
+    [(), ("_is_avx512_bf16_supported",), ("_is_amx_tile_supported", "_is_avx512_bf16_supported")],
+    ids=str,
 )
 def test_bfloat16_where_the_processor_multiplies_in_it(
     instructions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -29,10 +29,20 @@ def as_convolution(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
 @pytest.mark.parametrize("learns", ["all", "x", "weight", "bias", "x and bias", "nothing"])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("shape", [(600, 40), (3, 601, 40), (2, 3, 300, 40)])
-def test_is_the_same_as_a_product(as_convolution: list[int], shape: tuple[int, ...], shift: bool, learns: str) -> None:
+def test_is_the_same_as_a_product(
+    as_convolution: list[int],
+    shape: tuple[int, ...],
+    shift: bool,
+    learns: str,
+    large: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of weights that are large for their rows, too, whose gradient is a layer of its own."""
+    monkeypatch.setattr(module, "LARGE", 0 if large else 10**9)
     torch.manual_seed(0)
     parts = {"x": torch.randn(shape), "weight": torch.randn(24, 40)} | ({"bias": torch.randn(24)} if shift else {})
     results = []
@@ -46,7 +56,8 @@ def test_is_the_same_as_a_product(as_convolution: list[int], shape: tuple[int, .
             out.backward(upstream.to(dtype))
         results.append((out, {name: part.grad for name, part in given.items()}))
     (out, gradients), (exact, exact_gradients) = results
-    assert as_convolution == [parts["x"].numel() // 40]
+    of_weight = [24] if large and learns in ("all", "weight") else []
+    assert as_convolution == [parts["x"].numel() // 40, *of_weight]
     assert out.is_contiguous() and gap(out, exact) <= 1e-6  # measured 2e-7
     assert out.requires_grad == exact.requires_grad
     for name, gradient in exact_gradients.items():
@@ -71,15 +82,15 @@ def test_only_where_it_gains(as_convolution: list[int]) -> None:
     """Few rows, little input, other precisions and mixed ones are products, as ever."""
     layer = Linear(384, 8)
     with torch.no_grad():
-        for x in (torch.randn(95, 384), torch.randn(2, 1, 384), torch.randn(0, 384)):
+        for x in (torch.randn(63, 384), torch.randn(2, 1, 384), torch.randn(0, 384)):
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
         assert linear(torch.randn(200, 100), torch.randn(3, 100)).shape == (200, 3)
         assert linear(torch.randn(200, 384).double(), layer.weight.double()).dtype == torch.float64
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(torch.randn(200, 384)).dtype == torch.bfloat16
         assert as_convolution == []
-        layer(torch.randn(96, 384))
-    assert as_convolution == [96]
+        layer(torch.randn(64, 384))
+    assert as_convolution == [64]
 
 
 def test_a_layer_is_an_ordinary_one() -> None:
