@@ -7,9 +7,9 @@ and memory of the step.
 All models of a line run on the same random pictures in one process, turn by turn: ours, timm's, transformers', then in
 the reverse order, and so on, so that a drift of the machine's speed meets all of them. `ratio` is the median over the
 rounds of ours / theirs: below 1, ours is faster; `low` and `high` are its quartiles. A training step is forward,
-cross-entropy and backward in float32, without an optimizer, which would be the same for all; a forward pass is in
-evaluation, without gradients. Random dropping of branches is off in all models. What is not installed, and a family
-that does not exist, is passed over and said.
+cross-entropy and backward, without an optimizer, which would be the same for all; a forward pass is in evaluation,
+without gradients. Both are in float32, or under autocast for all models with `--precision bfloat16`. Random dropping of
+branches is off in all models. What is not installed, and a family that does not exist, is passed over and said.
 
 `peak` is how far a training step raises the memory of a process that has nothing else to do: the resident set at its
 highest during the step, less what was resident before it. The kernel counts it, so that gradients, what autograd keeps,
@@ -42,7 +42,9 @@ from torch.nn import functional as F
 from benchmarks import report
 
 CLASSES, IMAGE_SIZE = 1000, 224
-MERGED = 13  # tokens per block, as https://arxiv.org/abs/2210.09461 merges for this size
+# tokens per block: https://arxiv.org/abs/2210.09461 merges 13 for this size, and 16 for those with more tokens to spare
+MERGED = {"merging_13": (13, "constant"), "merging_13_decreasing": (13, "decreasing"),
+          "merging_16_decreasing": (16, "decreasing")}  # fmt: skip
 
 COLUMNS = {
     "name": "", "ours_ms": ".1f", "rival_ms": ".1f", "ratio": ".3f", "low": ".3f", "high": ".3f", "rounds": "d",
@@ -142,16 +144,14 @@ CASES: dict[str, Case] = {
         spare=0.05,  # its two classifiers, whose mean is the answer, are one of ours
     ),
     "resnet50": Case("resnet50", {"timm": in_timm("resnet50"), "transformers": in_transformers("ResNet")}),
-    f"vit_small_merging_{MERGED}": Case(
-        "vit_small",
-        {"without merging": lambda: ours("vit_small", {})},
-        {"merge_tokens": MERGED},
-    ),
-    f"vit_small_merging_{MERGED}_decreasing": Case(
-        "vit_small",
-        {"without merging": lambda: ours("vit_small", {})},
-        {"merge_tokens": MERGED, "merge_schedule": "decreasing"},
-    ),
+    **{
+        f"vit_small_{name}": Case(
+            "vit_small",
+            {"without merging": lambda: ours("vit_small", {})},
+            {"merge_tokens": tokens, "merge_schedule": schedule},
+        )
+        for name, (tokens, schedule) in MERGED.items()
+    },
 }
 
 
@@ -199,6 +199,21 @@ def forward_pass(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[
 MODES = {"forward": forward_pass, "train": training_step}
 
 
+def in_precision(run: Callable[[], object], precision: str) -> Callable[[], object]:
+    """Under autocast, unless it is float32."""
+
+    def lower() -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run()
+
+    return lower if precision == "bfloat16" else run
+
+
+def named(row: report.Row, precision: str) -> report.Row:
+    suffix = "" if precision == "float32" else f", {precision}"
+    return row | {"name": row["name"] + suffix, "precision": precision}
+
+
 def seconds_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -238,11 +253,11 @@ def status_of_process(key: str) -> int:
     raise KeyError(key)
 
 
-def peak_of_step(case: str, who: str, pictures: int) -> int:
+def peak_of_step(case: str, who: str, pictures: int, precision: str) -> int:
     """To be called in a process of its own; see the top of this file."""
     chosen = CASES[case]
     model = OnlyLogits(ours(chosen.model, chosen.network) if who == "ours" else chosen.rivals[who]())
-    step = training_step(model, *batch_of(pictures))
+    step = in_precision(training_step(model, *batch_of(pictures)), precision)
     for _ in range(2):
         step()
     model.zero_grad()
@@ -254,7 +269,7 @@ def peak_of_step(case: str, who: str, pictures: int) -> int:
     return status_of_process("VmHWM") - before
 
 
-def peaks(case: str, names: Sequence[str], pictures: int, threads: int) -> dict[str, float]:
+def peaks(case: str, names: Sequence[str], pictures: int, threads: int, precision: str) -> dict[str, float]:
     """Megabytes by name; empty where the system does not tell."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
@@ -262,6 +277,7 @@ def peaks(case: str, names: Sequence[str], pictures: int, threads: int) -> dict[
     found = {}
     for name in names:
         arguments = ["--peak", case, name, "--batches", str(pictures), "--threads", str(threads)]
+        arguments += ["--precision", precision]
         command = [sys.executable, "-m", "benchmarks.speed_backbones", *arguments]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = int(done.stdout.split()[-1]) / 2**20
@@ -276,10 +292,13 @@ def measure(case: str, mode: str, pictures: int, arguments: argparse.Namespace) 
     models = build_all(CASES[case])
     images, labels = batch_of(pictures)
     load = report.Load()
-    runs = [MODES[mode](model, images, labels) for model in models.values()]
+    precision = arguments.precision
+    runs = [in_precision(MODES[mode](model, images, labels), precision) for model in models.values()]
     times = dict(zip(models, in_turn(runs, arguments.seconds, arguments.least), strict=True))
     others = load.others()
-    memory = {} if mode != "train" or arguments.no_memory else peaks(case, list(models), pictures, arguments.threads)
+    memory: dict[str, float] = {}
+    if mode == "train" and not arguments.no_memory:
+        memory = peaks(case, list(models), pictures, arguments.threads, precision)
     rows = []
     for rival in [name for name in models if name != "ours"]:
         row = {
@@ -292,7 +311,7 @@ def measure(case: str, mode: str, pictures: int, arguments: argparse.Namespace) 
         if memory:
             row |= {"ours_peak_mb": memory["ours"], "rival_peak_mb": memory[rival]}
             row["peak_ratio"] = memory["ours"] / memory[rival]
-        rows.append(row)
+        rows.append(named(row, precision))
     return rows
 
 
@@ -304,6 +323,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, per mode and batch")
     parser.add_argument("--least", type=int, default=5, help="rounds, however long they take")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of all models")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--json", type=Path, help="file that results are merged into, by name")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # one model in a process of its own
@@ -312,7 +332,7 @@ def main() -> None:
     batches = [int(batch) for batch in arguments.batches.split(",")]
     if arguments.peak:
         case, who = arguments.peak
-        print(peak_of_step(case, who, batches[0]))
+        print(peak_of_step(case, who, batches[0], arguments.precision))
         return
 
     wanted = [part for part in arguments.only.split(",") if part]

@@ -5,8 +5,9 @@
 
 Both models of a line run on the same random pictures and things in one process, turn by turn, as in
 `benchmarks.speed_backbones`. A training step is forward, matching, the loss of every layer of the decoder and backward,
-in float32, with dropout, without an optimizer, which would be the same for both. A forward pass is in evaluation,
-without gradients.
+with dropout, without an optimizer, which would be the same for both. A forward pass is in evaluation, without
+gradients. Both are in float32, unless `--precision`, or `--our-precision` for ours alone, says otherwise: `saccade
+train` takes bfloat16 on processors that multiply in it.
 
 `ratio` is the median over the rounds of ours / theirs: below 1, ours is faster; `low` and `high` are its quartiles.
 `processor` is the median of the same of the seconds that processors worked for the process, which other programs
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import report
-from benchmarks.speed_backbones import compared
+from benchmarks.speed_backbones import compared, in_precision, named
 
 CLASSES = 91
 THINGS = (9, 0, 7, 3)  # in the pictures of a batch, again and again
@@ -185,16 +186,20 @@ def measure(case: str, mode: str, arguments: argparse.Namespace) -> report.Row:
         runs = [forward_pass(own, images), forward_pass(rival, images)]
     else:
         runs = [our_step(own, images, targets), their_step(rival, images, targets)]
+    precisions = [arguments.our_precision or arguments.precision, arguments.precision]
+    runs = [in_precision(run, precision) for run, precision in zip(runs, precisions, strict=True)]
     load = report.Load()
     own_times, rival_times = in_turn(runs, arguments.seconds, arguments.least)
     pairs = zip(own_times, rival_times, strict=True)
-    return {
+    row = {
         "name": f"{case} / transformers, {mode}, batch {arguments.batch}, {arguments.size} px",
         "case": case, "mode": mode, "batch": arguments.batch, "size": arguments.size,
         "others_cores": load.others(), "threads": arguments.threads,
         "versions": report.versions(("torch", "timm", "transformers")),
         "processor": statistics.median(a.processor / b.processor for a, b in pairs),
     } | compared(*([each.wall for each in times] for times in (own_times, rival_times)))  # fmt: skip
+    own, theirs = precisions
+    return named(row, own if own == theirs else f"{own} / {theirs}")
 
 
 def main() -> None:
@@ -206,6 +211,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of measuring, per mode")
     parser.add_argument("--least", type=int, default=5, help="rounds, however long they take")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
+    for flag, who, default in (("--precision", "both", "float32"), ("--our-precision", "ours alone", None)):
+        parser.add_argument(flag, choices=("float32", "bfloat16"), default=default, help=f"of {who}")
     parser.add_argument("--json", type=Path, help="file that results are merged into, by name")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
