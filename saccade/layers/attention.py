@@ -25,11 +25,12 @@ def attention(
 
     A query that may attend to nothing gets zeros.
     """
-    if causal and bias is not None:  # the kernels take only one of the two
+    slow = dropout == 0.0 and _is_slow_when_fused(q, k)
+    if causal and (bias is not None or slow):  # the kernels take only one of the two
         keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        bias, causal = bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, -math.inf), False
-    of_keys = bias is None or (bias.is_floating_point() and bias.shape[1:3] == (1, 1))
-    if of_keys and not causal and dropout == 0.0 and _is_slow_when_fused(q, k):
+        bias = keep if bias is None else bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, -math.inf)
+        causal = False
+    if slow and (bias is None or bias.dtype == torch.bool or _is_of_keys(bias)):
         return _attention_by_products(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
 
@@ -46,17 +47,34 @@ def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
     return (torch.is_grad_enabled() and q.requires_grad) or not torch.cpu._is_amx_tile_supported()
 
 
+def _is_of_keys(bias: Tensor) -> bool:
+    """(B, 1, 1, M)"""
+    return bias.shape[1:3] == (1, 1)
+
+
 def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """With no bias, or one of the keys alone (B, 1, 1, M)."""
+    """With no bias, a boolean one, or one that is added for each key alone."""
     B, H, N, D = q.shape
     M = k.shape[2]
+    keep, lowest = None, torch.finfo(q.dtype).min / 2
+    if bias is not None and bias.dtype == torch.bool:
+        if _is_of_keys(bias):  # values are zero for those who may see none of them
+            v = v.masked_fill(~bias.transpose(2, 3), 0.0)
+            bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, lowest)
+        else:
+            keep, bias = bias, None
     q, k, v = q.reshape(B * H, N, D), k.reshape(B * H, M, D), v.reshape(B * H, M, -1)
     if bias is None:
         start, beta = q.new_empty(1, 1, 1).expand(B * H, N, M), 0  # with beta=0 it is never read
     else:
         start, beta = bias.expand(B, H, -1, -1).flatten(0, 1), 1  # (B H, 1, M)
     scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=1 / math.sqrt(D))
-    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (B, H))
+    if keep is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        weights = scores.unflatten(0, (B, H)).masked_fill(~keep, lowest).softmax(dim=-1)
+        weights = weights.masked_fill(~keep, 0.0).flatten(0, 1)  # also for those who may see nothing
+    return torch.bmm(weights, v).unflatten(0, (B, H))
 
 
 def attention_with_weights(

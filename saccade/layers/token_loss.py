@@ -23,33 +23,48 @@ def linear_cross_entropy(
     bias: Float[Tensor, " V"] | None,
     wanted: Int[Tensor, " M"],
     smoothing: float = 0.0,
+    precision: torch.dtype | None = None,
 ) -> Float[Tensor, ""]:
-    """`F.cross_entropy(F.linear(hidden, table, bias), wanted, label_smoothing=smoothing)`: a mean over M rows."""
-    whole = hidden.device.type != "cpu" or hidden.dtype != table.dtype or torch.is_autocast_enabled(hidden.device.type)
-    if whole or torch.compiler.is_compiling():
-        return F.cross_entropy(F.linear(hidden, table, bias).float(), wanted, label_smoothing=smoothing)
+    """`F.cross_entropy(F.linear(hidden, table, bias), wanted, label_smoothing=smoothing)`: a mean over M rows.
+
+    Products are of `precision`, by default that of `hidden`.
+    """
+    dtype = hidden.dtype if precision is None else precision
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        scores = F.linear(hidden.to(dtype), table.to(dtype), None if bias is None else bias.to(dtype))
+        return F.cross_entropy(scores.float(), wanted, label_smoothing=smoothing)
     learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, table, bias))
-    return _ByPieces.apply(hidden, table, bias, wanted, smoothing, learns)  # type: ignore[return-value]
+    with torch.autocast("cpu", enabled=False):
+        return _ByPieces.apply(hidden, table, bias, wanted, smoothing, learns, dtype)  # type: ignore[return-value]
 
 
 class _ByPieces(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, table: Tensor, bias: Tensor | None, wanted: Tensor, smoothing: float, learns: bool
+        ctx: Any,
+        hidden: Tensor,
+        table: Tensor,
+        bias: Tensor | None,
+        wanted: Tensor,
+        smoothing: float,
+        learns: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
+        """Products are of `dtype`, all else at least of float32."""
         M, V = len(hidden), len(table)
         rows = max(1, PIECE // V)
-        scores = hidden.new_empty(min(rows, M), V)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        scores = torch.empty(min(rows, M), V, dtype=exact)
+        narrow = table.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float64)
         of_hidden, of_table = (torch.empty_like(hidden), torch.zeros_like(table)) if learns else (None, None)
         of_bias = torch.zeros_like(bias) if learns and bias is not None else None
         for first in range(0, M, rows):
-            h, right = hidden[first : first + rows], wanted[first : first + rows, None]
+            h, right = hidden[first : first + rows].to(dtype), wanted[first : first + rows, None]
             s = scores[: len(h)]
-            if bias is None:
-                torch.mm(h, table.T, out=s)
-            else:
-                torch.addmm(bias, h, table.T, out=s)
+            _multiply(h, narrow.T, s)
+            if bias is not None:
+                s += bias
             s.sub_(s.amax(dim=1, keepdim=True))
             reward = (1 - smoothing) * s.gather(1, right)
             if smoothing:
@@ -61,14 +76,25 @@ class _ByPieces(torch.autograd.Function):
                 if smoothing:
                     s.sub_(smoothing / (M * V))
                 s.scatter_add_(1, right, torch.full_like(norm, -(1 - smoothing) / M))
-                torch.mm(s, table, out=of_hidden[first : first + rows])
-                of_table.addmm_(s.T, h)
+                upstream = s.to(dtype)
+                _multiply(upstream, narrow, of_hidden[first : first + rows])
+                if dtype == of_table.dtype:
+                    of_table.addmm_(upstream.T, h)
+                else:
+                    of_table += upstream.T @ h
                 if of_bias is not None:
                     of_bias += s.sum(dim=0)
         ctx.save_for_backward(*(part for part in (of_hidden, of_table, of_bias) if part is not None))
-        return (total / M).to(hidden.dtype)
+        return (total / M).to(exact)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [part * gradients[0] for part in ctx.saved_tensors]
-        return (*parts, *(None,) * (6 - len(parts)))
+        parts = [part * gradients[0].to(part.dtype) for part in ctx.saved_tensors]
+        return (*parts, *(None,) * (7 - len(parts)))
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)

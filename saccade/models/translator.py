@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from saccade.backbones.base import Row
 from saccade.layers.linear import linear
@@ -62,11 +63,14 @@ class TranslationOutputs:
     hidden: Float[Tensor, "*B C"]
     table: Float[Tensor, "V C"]
     bias: Float[Tensor, " V"] | None = None
-    ready: Float[Tensor, "*B V"] | None = None  # in less precision, where that is how the model works
+    precision: torch.dtype | None = None  # of the products, where the model works in less than that of its weights
 
     @property
     def logits(self) -> Float[Tensor, "*B V"]:
-        return linear(self.hidden, self.table, self.bias) if self.ready is None else self.ready
+        if self.precision is None:
+            return linear(self.hidden, self.table, self.bias)
+        hidden, table = self.hidden.to(self.precision), self.table.to(self.precision)
+        return F.linear(hidden, table, None if self.bias is None else self.bias.to(self.precision))
 
 
 class DecodingState(Protocol):
@@ -105,10 +109,11 @@ class Translator(nn.Module, ABC):
         """
 
     def outputs(self, hidden: Float[Tensor, "*B C"]) -> TranslationOutputs:
-        outputs, kind = TranslationOutputs(hidden, self.embeddings, self.logit_bias), hidden.device.type
-        # who asks for them later may no longer be where this precision holds
+        kind = hidden.device.type
+        # who asks for scores may no longer be where this precision holds
         less = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return replace(outputs, ready=outputs.logits) if less else outputs
+        precision = torch.get_autocast_dtype(kind) if less else None
+        return TranslationOutputs(hidden, self.embeddings, self.logit_bias, precision)
 
     def forward(
         self, source: Int[Tensor, "B S"], inputs: Int[Tensor, "B T"], where: Bool[Tensor, "B T"] | None = None

@@ -85,10 +85,9 @@ class TranslationTask:
         Each token counts alike, whichever process has it.
         """
         wanted = targets.tokens[targets.tokens != self.row.pad]
-        if outputs.ready is None:
-            loss = linear_cross_entropy(outputs.hidden, outputs.table, outputs.bias, wanted, self.label_smoothing)
-        else:
-            loss = F.cross_entropy(outputs.ready.float(), wanted, label_smoothing=self.label_smoothing)
+        loss = linear_cross_entropy(
+            outputs.hidden, outputs.table, outputs.bias, wanted, self.label_smoothing, outputs.precision
+        )
         return {"cross_entropy": loss * (len(wanted) / mean_over_processes(len(wanted), loss.device))}
 
     def answer(self, network: nn.Module, source: Int[Tensor, "B S"], targets: TextTargets) -> Answer:

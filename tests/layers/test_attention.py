@@ -59,13 +59,23 @@ def test_explicit_equals_fused(kind, N, M, dtype, tolerance):
 
 
 @pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("kind", [*MASKS, "of_keys", "boolean_of_keys", "nothing", "nothing_of_keys"])
 @pytest.mark.parametrize(("N", "M"), [(12, 12), (5, 9)], ids=str)
-def test_half_precision_is_the_same_within_its_rounding(N, M, gradient):
-    """Where gradients are wanted, processors take plain products for bfloat16, and the fused kernel elsewhere."""
+def test_half_precision_is_the_same_within_its_rounding(N, M, kind, gradient):
+    """Where gradients are wanted, processors take plain products for bfloat16 if they can, and the fused kernel
+    elsewhere."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_(gradient) for n in (N, M, M))
     exact = [x.detach().double().requires_grad_(gradient) for x in (q, k, v)]
-    got, expected = attention(q, k, v), attention_with_weights(exact[0], exact[1], exact[2])[0]
+    bias, causal = mask(kind, 2, 3, N, M, torch.bfloat16)
+    if "of_keys" in kind or "nothing" in kind:
+        bias = torch.rand(2, 1, 1, M) > 0.4 if kind != "of_keys" else torch.randn(2, 1, 1, M).bfloat16()
+        if "nothing" in kind:  # for the second sample, or a query of it, to see
+            bias = (bias if "of_keys" in kind else bias.repeat(1, 1, N, 1)) | (torch.arange(M) == 0)
+            bias[1, :, -1:] = False
+    low = None if bias is None or bias.dtype == torch.bool else bias.double()
+    got = attention(q, k, v, bias=bias, causal=causal)
+    expected = attention_with_weights(*exact, bias=bias if low is None else low, causal=causal)[0]
     assert got.dtype == torch.bfloat16 and got.shape == expected.shape
     assert gap(got.double(), expected) <= 0.03  # a bfloat16 near 1 is 0.008 from the next; measured 5.8e-3
     if gradient:

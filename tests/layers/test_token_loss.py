@@ -46,3 +46,25 @@ def test_gradients_of_parts_alone():
     own, table.grad = table.grad, None
     F.cross_entropy(hidden @ table.T, wanted).backward()
     assert own is not None and table.grad is not None and torch.allclose(own, table.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])  # what autocast made of the layer before
+def test_in_bfloat16(biased, narrow, monkeypatch):
+    """Within the rounding of its products; loss and gradients are of the precision of what they are of."""
+    monkeypatch.setattr(token_loss, "PIECE", 100)
+    torch.manual_seed(0)
+    hidden, table, bias = torch.randn(50, 16).bfloat16(), torch.randn(23, 16), torch.randn(23) if biased else None
+    wanted = torch.randint(0, 23, (50,))
+    found = []
+    for low in (True, False):
+        given = (hidden if low and narrow else hidden.float(), table, bias)
+        parts = [part.clone().requires_grad_() for part in given if part is not None]
+        given = (parts[0], parts[1], parts[2] if biased else None)
+        loss = linear_cross_entropy(*given, wanted, 0.1, torch.bfloat16 if low else None)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        found.append([loss.detach(), *(part.grad for part in parts)])
+    assert [part.dtype for part in found[0][1:3]] == [torch.bfloat16 if narrow else torch.float32, torch.float32]
+    for one, other in zip(*found, strict=True):
+        assert (one.float() - other).norm() < 0.01 * other.norm()
