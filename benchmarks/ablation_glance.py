@@ -109,7 +109,7 @@ def measure(name: str, steps: int, image_size: int) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="these parts alone")
     parser.add_argument("--json", type=Path)
