@@ -44,7 +44,10 @@ VARIANTS = {
         "--model=cct_nano", "--optimizer.name=adamw", "--augment.erase=0.5", "--augment.cutmix=1.0",
         "--optimizer.layer-decay=0.8",
     ],
-    "cct, Muon": ["--model=cct_nano", "--optimizer.name=muon", "--ema.decay=none", "--optimizer.accumulate=2"],
+    "cct, Muon, bfloat16": [
+        "--model=cct_nano", "--optimizer.name=muon", "--ema.decay=none", "--optimizer.accumulate=2",
+        "--precision=bfloat16",
+    ],
 }  # fmt: skip
 
 
