@@ -36,6 +36,7 @@ def attention(
 
 
 FUSED_FROM = 512  # tokens
+MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
 
 
 def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
@@ -44,7 +45,7 @@ def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
     short = q.shape[2] * k.shape[2] <= FUSED_FROM**2
     if not short or q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return False
-    return (torch.is_grad_enabled() and q.requires_grad) or not torch.cpu._is_amx_tile_supported()
+    return (torch.is_grad_enabled() and q.requires_grad) or not MATRIX_UNITS
 
 
 def _is_of_keys(bias: Tensor) -> bool:
