@@ -361,13 +361,14 @@ class Swin(Backbone):
         if H % p or W % p:
             images = F.pad(images, (0, -W % p, 0, -H % p))
         (H, W), B = images.shape[-2:], len(images)
-        return Tokens(self._cheaply(self._embed, images), plain_layout(B, (H // p, W // p), images.device))
+        return Tokens(self._again(self._embed, images), plain_layout(B, (H // p, W // p), images.device))
 
     def _embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "Bhw C"]:
         return self.patch_norm(self.patches(images).permute(0, 2, 3, 1).flatten(0, 2))
 
-    def _cheaply(self, part: Callable[..., Any], *inputs: Any) -> Any:
-        """What lies between the stages is a hundredth of the work, and takes less to compute again than to keep."""
+    def _again(self, part: Callable[..., Any], *inputs: Any) -> Any:
+        """Of the largest maps outside of the blocks nothing is kept for the backward pass: to compute them again takes a
+        hundredth of its time."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return part(*inputs)
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -390,7 +391,7 @@ class Swin(Backbone):
                 (B, (h, w)), first = (tokens.layout.batch, tokens.layout.grid), blocks[0]
                 assert isinstance(first, SwinBlock)
                 layout = first.arrangement(B, ((h + 1) // 2, (w + 1) // 2), tokens.x.device)
-                tokens = self._cheaply(merge, tokens, layout)
+                tokens = self._again(merge, tokens, layout) if merge is self.merges[0] else merge(tokens, layout)
             for block in blocks:
                 tokens = self.run(block, tokens)
             yield tokens

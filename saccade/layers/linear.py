@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 FEW = 64  # rows: below, bringing the weights into a convolution's order costs what it gains
 SMALL = 20480  # numbers in an input: up to here, PyTorch takes no oneDNN for a convolution
-EVEN = 4  # rows: oneDNN takes two to three times as long to sum gradients of weights over other numbers than multiples
+EVEN = 16  # rows: oneDNN may take eight times as long to sum gradients of weights over other numbers than multiples
 # numbers in the weights for each row: from here on, oneDNN's sums of gradients over the rows take up to ten times as
 # long as the same products put as a layer, and a copy of the weights for each thread
-LARGE = 2500
+LARGE = 2000
 # means nothing to kernels of one place; but with it PyTorch takes oneDNN also where it has one thread
 DILATION = [2, 2]
 
