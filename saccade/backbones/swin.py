@@ -367,8 +367,8 @@ class Swin(Backbone):
         return self.patch_norm(self.patches(images).permute(0, 2, 3, 1).flatten(0, 2))
 
     def _again(self, part: Callable[..., Any], *inputs: Any) -> Any:
-        """Of the largest maps outside of the blocks nothing is kept for the backward pass: to compute them again takes a
-        hundredth of its time."""
+        """Of the largest maps outside of the blocks nothing is kept for the backward pass, of whose time it takes a
+        hundredth to compute them again."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return part(*inputs)
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)

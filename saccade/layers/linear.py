@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = 64  # rows: below, bringing the weights into a convolution's order costs what it gains
+FEW = 40  # rows: below, bringing the weights into a convolution's order costs what it gains
 SMALL = 20480  # numbers in an input: up to here, PyTorch takes no oneDNN for a convolution
 EVEN = 16  # rows: oneDNN may take eight times as long to sum gradients of weights over other numbers than multiples
 # numbers in the weights for each row: from here on, oneDNN's sums of gradients over the rows take up to ten times as

@@ -82,13 +82,15 @@ def test_only_where_it_gains(as_convolution: list[int]) -> None:
     """Few rows, little input, other precisions and mixed ones are products, as ever."""
     layer = Linear(384, 8)
     with torch.no_grad():
-        for x in (torch.randn(63, 384), torch.randn(2, 1, 384), torch.randn(0, 384)):
+        for x in (torch.randn(39, 384), torch.randn(2, 1, 384), torch.randn(0, 384)):
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
         assert linear(torch.randn(200, 100), torch.randn(3, 100)).shape == (200, 3)
         assert linear(torch.randn(200, 384).double(), layer.weight.double()).dtype == torch.float64
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(torch.randn(200, 384)).dtype == torch.bfloat16
         assert as_convolution == []
+        layer(torch.randn(40, 512)[:, :384])
+        assert as_convolution == []  # few numbers
         layer(torch.randn(64, 384))
     assert as_convolution == [64]
 
