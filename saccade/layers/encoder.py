@@ -108,7 +108,7 @@ class EncoderBlock(nn.Module):
         mixed = self.attention.out(mixed.transpose(1, 2).flatten(2))
         x = (x if queries is None else x[:, :queries]) + self._branch(mixed, self.scale1)
         if queries is None:
-            x, merged = merged.step(x, match(k.mean(dim=1), count, prefix))
+            x, merged = merged.step(x, match(k.sum(dim=1), count, prefix))
         return x + self._branch(self.mlp(self.norm2(x)), self.scale2), merged
 
     def merging_with_weights(
@@ -119,7 +119,7 @@ class EncoderBlock(nn.Module):
         mixed, weights = attention_with_weights(q, k, v, bias=log_sizes(merged.sizes, q.dtype))
         x = x + self._branch(self.attention.out(mixed.transpose(1, 2).flatten(2)), self.scale1)
         spread = merged.spread(weights)
-        x, merged = merged.step(x, match(k.mean(dim=1), count, prefix))
+        x, merged = merged.step(x, match(k.sum(dim=1), count, prefix))
         return x + self._branch(self.mlp(self.norm2(x)), self.scale2), merged, spread
 
     def with_weights(

@@ -4,7 +4,7 @@ In a block, between attention and MLP:
 
     q, k, v = attention.project(norm1(x), None, rotary)
     x = x + attention.out(attention_by_size(q, k, v, merged.sizes) ...)
-    x, merged = merged.step(x, match(k.mean(dim=1), count, prefix))
+    x, merged = merged.step(x, match(k.sum(dim=1), count, prefix))
     x = x + mlp(norm2(x))
 
 The prefix (class token, registers) is never merged and stays in front.
@@ -19,7 +19,6 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from saccade.layers.attention import attention
 
@@ -53,12 +52,13 @@ def match(metric: Float[Tensor, "B N D"], count: int, prefix: int = 0) -> Matchi
         everything = index.expand(B, -1)
         return Matching(everything, everything[:, :0], everything[:, :0])
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2  # the first of each after the prefix
-    metric = F.normalize(metric, dim=-1)
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min_(1e-12)
     nearness, partner = torch.bmm(metric[:, even::2], metric[:, odd::2].transpose(1, 2)).max(dim=-1)  # (B, A)
     order = nearness.argsort(dim=-1, descending=True)
+    into = partner.gather(1, order[:, :count]).add_(prefix + order.shape[1] - count)
+    order.mul_(2).add_(even)  # their places
     gone, left = order[:, :count], order[:, count:].sort(dim=-1).values
-    stays = torch.cat((index[:prefix].expand(B, -1), left * 2 + even, index[odd::2].expand(B, -1)), dim=1)
-    return Matching(stays, gone * 2 + even, partner.gather(1, gone) + (prefix + left.shape[1]))
+    return Matching(torch.cat((index[:prefix].expand(B, -1), left, index[odd::2].expand(B, -1)), dim=1), gone, into)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,13 @@ def merge_rows(
     M, N = matching.stays.shape[1], x.shape[1]
     stays, gone, into = _flat(matching.stays, N), _flat(matching.gone, N), _flat(matching.into, M)
     of_stays, of_gone = of_stays.to(x.dtype).reshape(-1, 1), of_gone.to(x.dtype).reshape(-1, 1)
-    return _MergeRows.apply(x.flatten(0, 1), of_stays, of_gone, stays, gone, into).unflatten(0, (-1, M))
+    given = (x.flatten(0, 1), of_stays, of_gone, stays, gone, into)
+    merged = _MergeRows.apply(*given) if x.requires_grad and torch.is_grad_enabled() else _merge_rows(*given)
+    return merged.unflatten(0, (-1, M))
+
+
+def _merge_rows(x: Tensor, of_stays: Tensor, of_gone: Tensor, stays: Tensor, gone: Tensor, into: Tensor) -> Tensor:
+    return x.index_select(0, stays).mul_(of_stays).index_add_(0, into, x.index_select(0, gone).mul_(of_gone))
 
 
 class _MergeRows(torch.autograd.Function):
@@ -142,7 +148,7 @@ class _MergeRows(torch.autograd.Function):
         ctx: Any, x: Tensor, of_stays: Tensor, of_gone: Tensor, stays: Tensor, gone: Tensor, into: Tensor
     ) -> Tensor:
         ctx.save_for_backward(of_stays, of_gone, stays, gone, into)
-        return x.index_select(0, stays).mul_(of_stays).index_add_(0, into, x.index_select(0, gone).mul_(of_gone))
+        return _merge_rows(x, of_stays, of_gone, stays, gone, into)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
