@@ -264,8 +264,7 @@ def evaluate(run: Run, data: Data, source: Source) -> DetectionReport:
         for batch in batches:
             if not len(batch.indices):
                 continue  # nothing could be read
-            with autocast(CPU, run.precision):
-                outputs = run.network(pixel_values=normalise(batch.images))
+            outputs = run.network(pixel_values=normalise(batch.images))  # in float32, as ours is measured
             measure(metric, run.peer.find(outputs, batch.targets.regions[:, [3, 2]]), batch.targets)
     return metric.compute()
 
@@ -281,7 +280,7 @@ def measure(metric: DetectionMetric, found: list[dict[str, Tensor]], targets: Ev
 
 def run_peer(arguments: argparse.Namespace) -> report.Row | None:
     peer, data = PEERS[arguments.method], Data(arguments)
-    precision = str(choose_precision(arguments.precision, CPU)).removeprefix("torch.")
+    precision = str(choose_precision(arguments.precision, CPU, learns=True)).removeprefix("torch.")
     settings = {
         "method": arguments.method,
         "data": Path(arguments.data).resolve().name,

@@ -271,7 +271,7 @@ class RunConfig(Config):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 where it is fast"
+        default="auto", description="of learning; auto: bfloat16 where it is fast"
     )
     compile: bool = Field(default=False, description="use torch.compile")
     activation_checkpointing: bool = Field(

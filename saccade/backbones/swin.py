@@ -297,6 +297,11 @@ def piecewise(work: Callable[[Tensor, int, int], Tensor], x: Tensor, pieces: lis
     return result
 
 
+def _one(images: Tensor) -> Tensor:
+    """A black picture in the shape of none."""
+    return images.new_zeros(1, *images.shape[1:])
+
+
 class PatchMerging(nn.Module):
     """Four neighbours become one token of twice the width. The norm comes first, in the second version last."""
 
@@ -374,12 +379,17 @@ class Swin(Backbone):
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Features:
+        if not len(images):  # as of one, of whose gradients nothing is left
+            one = self.forward(_one(images))
+            return Features(tuple(each[:0] for each in one.maps), one.strides, one.summary[:0])
         maps = [stage.rows().permute(0, 3, 1, 2) for stage in self._stages(images)]
         # of the map itself, so that explanations can follow the summary back to it
         return Features(tuple(maps), self.strides, self.norm(maps[-1].permute(0, 2, 3, 1)).mean(dim=(1, 2)))
 
     def summary(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
         """`forward(images).summary`, without putting the maps in order."""
+        if not len(images):
+            return self.summary(_one(images))[:0]
         *_, last = self._stages(images)
         return self._pool(last)
 

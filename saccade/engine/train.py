@@ -29,6 +29,7 @@ from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
 from saccade.engine.evaluate import evaluate_batches
 from saccade.engine.events import Events
+from saccade.engine.muon import Muon
 from saccade.engine.optimizers import build_optimizers, lr_share, set_lr
 from saccade.engine.picture_data import unmeasured
 from saccade.engine.plan import EVALUATIONS, EpochEnds, Plan, affordable_evaluations, load_plan, planned_row
@@ -103,6 +104,13 @@ class Session:
     def sharded(self) -> bool:
         return self.world.size > 1 and self.config.distributed.strategy == "fsdp"
 
+    def learn_in(self, precision: torch.dtype) -> None:
+        """Of products: those of the network, and Muon's."""
+        self.precision = precision
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.precision = precision
+
 
 def train(config: RunConfig, *, resume: bool = False, show: bool = True) -> TrainResult:
     """Run, or continue, one training. Returns when it is finished or was stopped by SIGINT or SIGTERM."""
@@ -168,7 +176,7 @@ def open_session(config: RunConfig, world: World, folder: Path | None = None) ->
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not model.in_backbone(name))
     network = distributed.wrap(model, model.layers, config.distributed.strategy, device, world)
-    return Session(
+    session = Session(
         config=config,
         world=world,
         device=device,
@@ -179,6 +187,8 @@ def open_session(config: RunConfig, world: World, folder: Path | None = None) ->
         network=torch.compile(network) if config.compile else network,  # pyright: ignore[reportArgumentType]
         optimizers=build_optimizers(model, config.optimizer),
     )
+    session.learn_in(precision)
+    return session
 
 
 def make_plan(session: Session, began: float, show: bool) -> Plan:
@@ -246,7 +256,7 @@ def steps_within(session: Session, seconds: float, began: float, show: bool) -> 
 def run(session: Session, plan: Plan, folder: Path, show: bool) -> TrainResult:
     """The loop: batches -> losses -> gradients -> step -> average; evaluations and saves between."""
     config, world = session.config, session.world
-    session.precision = plan.dtype
+    session.learn_in(plan.dtype)
     ema = None if config.ema.decay is None else Ema(session.model, config.ema.decay)
     progress = restore(session, folder, ema, show)
     first_step = progress.step

@@ -50,7 +50,7 @@ def _is_slow_when_fused(q: Tensor, k: Tensor) -> bool:
 
 def _is_of_keys(bias: Tensor) -> bool:
     """(B, 1, 1, M)"""
-    return bias.shape[1:3] == (1, 1)
+    return bias.dim() == 4 and bias.shape[1:3] == (1, 1)
 
 
 def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,13 +58,14 @@ def _attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None)
     B, H, N, D = q.shape
     M = k.shape[2]
     keep, lowest = None, torch.finfo(q.dtype).min / 2
-    if bias is not None and bias.dtype == torch.bool:
-        if _is_of_keys(bias):  # values are zero for those who may see none of them
-            v = v.masked_fill(~bias.transpose(2, 3), 0.0)
-            bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, lowest)
-        else:
-            keep, bias = bias, None
-    q, k, v = q.reshape(B * H, N, D), k.reshape(B * H, M, D), v.reshape(B * H, M, -1)
+    if bias is not None and bias.dtype == torch.bool and not _is_of_keys(bias):
+        keep, bias = bias, None
+    elif bias is not None:
+        hidden = ~bias if bias.dtype == torch.bool else bias == -math.inf
+        v = v.masked_fill(hidden.transpose(2, 3), 0.0)  # for those who may see nothing, whose weights are all alike
+        shown = torch.zeros(bias.shape, dtype=q.dtype, device=q.device) if bias.dtype == torch.bool else bias
+        bias = shown.masked_fill(hidden, lowest)
+    q, k, v = q.reshape(B * H, N, D), k.reshape(B * H, M, D), v.reshape(B * H, M, v.shape[-1])
     if bias is None:
         start, beta = q.new_empty(1, 1, 1).expand(B * H, N, M), 0  # with beta=0 it is never read
     else:

@@ -121,9 +121,11 @@ def convolve(
 ) -> Float[Tensor, "B D h w"]:
     """`F.conv2d`. Channels of their own in large steps stay float32 on processors: oneDNN's gradient of the input takes
     up to 170 times as long in bfloat16 (measured on a Zen 5)."""
-    if groups > 1 and max(stride) > 1 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    low = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    if low and groups > 1 and max(stride) > 1:
         with torch.autocast("cpu", enabled=False):
-            wide = F.conv2d(x.float(), weight, bias, stride, padding, dilation, groups)
+            shifts = None if bias is None else bias.float()
+            wide = F.conv2d(x.float(), weight.float(), shifts, stride, padding, dilation, groups)
         return wide.to(torch.get_autocast_dtype("cpu"))
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 

@@ -86,8 +86,11 @@ class _Linear(torch.autograd.Function):
 def _of_parameters(
     upstream: Float[Tensor, "M O"], x: Float[Tensor, "M I"], weight: Tensor, of_weight: bool, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if not of_weight or weight.numel() >= LARGE * len(x):
-        of_kernels = _convolve(upstream.T.contiguous(), x.T, None) if of_weight else None
+    if not of_weight:
+        return None, upstream.sum(dim=0) if of_bias else None
+    if weight.numel() >= LARGE * len(x) and upstream.numel() > SMALL:
+        with torch.autocast("cpu", enabled=False):
+            of_kernels = _convolve(upstream.T.contiguous(), x.T, None)
         return of_kernels, upstream.sum(dim=0) if of_bias else None
     even = len(x) - len(x) % EVEN
     _, kernels, shifts = _differentiate(upstream[:even], x[:even], weight, [False, True, of_bias])

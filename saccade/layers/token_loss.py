@@ -57,8 +57,9 @@ class _ByPieces(torch.autograd.Function):
         scores = torch.empty(min(rows, M), V, dtype=exact)
         narrow = table.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float64)
-        of_hidden, of_table = (torch.empty_like(hidden), torch.zeros_like(table)) if learns else (None, None)
-        of_bias = torch.zeros_like(bias) if learns and bias is not None else None
+        of_hidden = torch.empty_like(hidden) if learns else None
+        of_table = torch.zeros_like(table, dtype=exact) if learns else None
+        of_bias = torch.zeros_like(bias, dtype=exact) if learns and bias is not None else None
         for first in range(0, M, rows):
             h, right = hidden[first : first + rows].to(dtype), wanted[first : first + rows, None]
             s = scores[: len(h)]
@@ -84,7 +85,8 @@ class _ByPieces(torch.autograd.Function):
                     of_table += upstream.T @ h
                 if of_bias is not None:
                     of_bias += s.sum(dim=0)
-        ctx.save_for_backward(*(part for part in (of_hidden, of_table, of_bias) if part is not None))
+        found = ((of_hidden, hidden), (of_table, table), (of_bias, bias))
+        ctx.save_for_backward(*(part.to(of.dtype) for part, of in found if part is not None and of is not None))
         return (total / M).to(exact)
 
     @staticmethod

@@ -307,3 +307,13 @@ def test_bfloat16_learns(config):
     mixed.sum().backward()
     take_gradients(model)
     assert gap(mixed.float(), model.summary(images)) <= 0.1  # measured 1.9e-2
+
+
+@options
+def test_no_pictures(config: SwinConfig) -> None:
+    """As of a process that has no share of a batch: all of its parameters take part, with a gradient of zero."""
+    model = tiny(config)
+    features = model(torch.zeros(0, 3, 33, 40))
+    assert [each.shape[:2] for each in features.maps] == [(0, width) for width in model.channels]
+    (features.summary.sum() + model.summary(torch.zeros(0, 3, 33, 40)).sum()).backward()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())

@@ -238,15 +238,17 @@ def test_no_readable_picture_is_an_error(config: Build, fresh_pictures: Callable
         engine.train(config(data=str(data)), show=False)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_without_any_readable_picture(
-    config: Build, fresh_pictures: Callable[..., Path], accumulate: int
+    config: Build, fresh_pictures: Callable[..., Path], accumulate: int, precision: str
 ) -> None:
     """It teaches nothing and is no fault, however many batches it has."""
     data = fresh_pictures()
     for path in sorted((data / "train").rglob("*.png"))[:22]:
         path.write_bytes(b"this is text")
-    settings = config(data=str(data), batch_size=2, steps=12, optimizer={"accumulate": accumulate})
+    how = {"optimizer": {"accumulate": accumulate}, "precision": precision}
+    settings = config(data=str(data), batch_size=2, steps=12, **how)
     result = engine.train(settings, show=False)
     assert result.finished and not (Path(settings.out) / "faults.jsonl").exists()
 

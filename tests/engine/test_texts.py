@@ -257,7 +257,7 @@ def test_relevance_sees_what_is_copied() -> None:
 
 
 def test_in_low_precision(model: TextModel) -> None:
-    """As in an evaluation during training on a processor with bfloat16."""
+    """As in an evaluation during training on an accelerator with bfloat16."""
     source = torch.tensor([[5, 6, 7, 2]])
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         logits = model.network.begin(source).advance(torch.tensor([[1]]))

@@ -24,6 +24,7 @@ from saccade.data.sample import Batch
 from saccade.engine import train as engine
 from saccade.engine.distributed import World
 from saccade.engine.ema import Ema
+from saccade.engine.muon import Muon
 from saccade.engine.optimizers import build_optimizers, decays, lr_share, set_lr
 from saccade.engine.plan import affordable_evaluations, load_plan
 from saccade.models.classifier import Classifier
@@ -72,6 +73,17 @@ def test_kept_model_has_the_recorded_metrics(config: Build, precision: str) -> N
     assert [int(float(row["step"])) for row in rows] == [4, 8, 12, 16, 20]
     best = max(float(row["val_top1"]) for row in rows)
     assert result.metrics["top1"] == best == load_network(settings.out)[1].metrics["top1"]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_muon_multiplies_in_the_precision_of_the_run(config: Build, precision: torch.dtype) -> None:
+    """That of its plan, where it is continued on another processor."""
+    settings = config(model="vit_micro", optimizer={"name": "muon"}, precision=str(precision).removeprefix("torch."))
+    session = open_session(settings)
+    assert [each.precision for each in session.optimizers if isinstance(each, Muon)] == [precision]
+    session.learn_in(torch.float32)
+    assert {each.precision for each in session.optimizers if isinstance(each, Muon)} == {torch.float32}
+    assert session.precision == torch.float32
 
 
 def test_run_folder(config: Build) -> None:

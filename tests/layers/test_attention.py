@@ -59,7 +59,9 @@ def test_explicit_equals_fused(kind, N, M, dtype, tolerance):
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-@pytest.mark.parametrize("kind", [*MASKS, "of_keys", "boolean_of_keys", "nothing", "nothing_of_keys"])
+@pytest.mark.parametrize(
+    "kind", [*MASKS, "of_keys", "boolean_of_keys", "nothing", "nothing_of_keys", "infinite_of_keys"]
+)
 @pytest.mark.parametrize(("N", "M"), [(12, 12), (5, 9)], ids=str)
 def test_half_precision_is_the_same_within_its_rounding(N, M, kind, gradient):
     """Where gradients are wanted, processors take plain products for bfloat16 if they can, and the fused kernel
@@ -73,6 +75,9 @@ def test_half_precision_is_the_same_within_its_rounding(N, M, kind, gradient):
         if "nothing" in kind:  # for the second sample, or a query of it, to see
             bias = (bias if "of_keys" in kind else bias.repeat(1, 1, N, 1)) | (torch.arange(M) == 0)
             bias[1, :, -1:] = False
+        if kind == "infinite_of_keys":
+            bias[1] = False
+            bias = torch.zeros(2, 1, 1, M).masked_fill(~bias, -torch.inf).bfloat16()
     low = None if bias is None or bias.dtype == torch.bool else bias.double()
     got = attention(q, k, v, bias=bias, causal=causal)
     expected = attention_with_weights(*exact, bias=bias if low is None else low, causal=causal)[0]
@@ -84,6 +89,19 @@ def test_half_precision_is_the_same_within_its_rounding(N, M, kind, gradient):
         of_expected = torch.autograd.grad(expected, exact, upstream.double())
         for a, b in zip(of_got, of_expected, strict=True):
             assert relative(a.double(), b) <= 0.03  # measured 5.9e-3
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(("B", "M"), [(0, 4), (2, 0)])
+def test_half_precision_of_nothing(B, M, gradient):
+    """Such as a batch of a process that has no share of it."""
+    q, k, v = (torch.randn(B, 3, n, 8).bfloat16().requires_grad_(gradient) for n in (4, M, M))
+    out = attention(q, k, v)
+    assert out.shape == (B, 3, 4, 8) and (out == 0).all()
+    heads = torch.rand(3, 1, 1) > 0.5  # a mask that is of no keys
+    heads[0] = True
+    q = torch.randn(2, 3, 4, 8).bfloat16().requires_grad_(gradient)
+    assert gap(attention(q, q, q, bias=heads).float(), attention(*3 * [q.float()], bias=heads)) <= 0.03
 
 
 @pytest.mark.parametrize("kind", ["boolean", "causal_boolean", "causal_bias"])

@@ -169,6 +169,9 @@ def test_in_bfloat16(groups: int, stride: int) -> None:
         found[low] = (out.float(), place.grad, conv.weight.grad)
     for exact, rounded in zip(found[False], found[True], strict=True):
         assert (exact - rounded).norm() < 0.02 * exact.norm()
+    with torch.autocast("cpu", torch.bfloat16):  # also of weights that are so already
+        weight = conv.weight.bfloat16()
+        assert convolve(x, weight, None, conv.stride, conv.padding, groups=groups).dtype == torch.bfloat16
     exact, rounded = (found[low][1] for low in (False, True))
     alone = groups > 1 and stride > 1
     assert (rounded == rounded.bfloat16().float()).all().item() != alone
