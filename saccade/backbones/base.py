@@ -118,6 +118,8 @@ class Backbone(nn.Module, ABC):
 
 def computed_again(call: Callable[..., Any], layer: nn.Module, *inputs: Any) -> Any:
     """`call(*inputs)`, of which nothing inside is kept for the backward pass, where it runs once more; batches leave
-    their trace in the running statistics of `layer`, which it uses, once."""
+    their trace in the running statistics of `layer`, which it uses, once. A compiler decides itself what it keeps."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return call(*inputs)
     again = partial(statistics_kept, layer)
     return checkpoint(call, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))

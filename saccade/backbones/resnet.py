@@ -154,7 +154,7 @@ class ResNet(Backbone):
     def _pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """The stem. Of the largest map nothing but the convolution's result is kept for the backward pass, where it is
         normalised and pooled once more: that takes little time, and would be kept all the while."""
-        if torch.compiler.is_compiling() or not self.stem.by_batch:  # a compiler decides that itself
+        if not self.stem.by_batch:
             return _pool(self.stem(images))
         return computed_again(lambda x: _pool(self.stem.finish(x)), self.stem, self.stem.convolve(images))
 

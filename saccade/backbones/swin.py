@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from saccade.backbones.base import Backbone, Row
+from saccade.backbones.base import Backbone, Row, computed_again
 from saccade.backbones.features import Features
 from saccade.layers.feedforward import FeedForward
 from saccade.layers.linear import Linear, linear
@@ -366,17 +365,12 @@ class Swin(Backbone):
         if H % p or W % p:
             images = F.pad(images, (0, -W % p, 0, -H % p))
         (H, W), B = images.shape[-2:], len(images)
-        return Tokens(self._again(self._embed, images), plain_layout(B, (H // p, W // p), images.device))
+        # the largest maps outside of the blocks: to compute them again takes a hundredth of the backward pass
+        x = computed_again(self._embed, self.patches, images)
+        return Tokens(x, plain_layout(B, (H // p, W // p), images.device))
 
     def _embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "Bhw C"]:
         return self.patch_norm(self.patches(images).permute(0, 2, 3, 1).flatten(0, 2))
-
-    def _again(self, part: Callable[..., Any], *inputs: Any) -> Any:
-        """Of the largest maps outside of the blocks nothing is kept for the backward pass, of whose time it takes a
-        hundredth to compute them again."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return part(*inputs)
-        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Features:
         if not len(images):  # as of one, of whose gradients nothing is left
@@ -401,7 +395,8 @@ class Swin(Backbone):
                 (B, (h, w)), first = (tokens.layout.batch, tokens.layout.grid), blocks[0]
                 assert isinstance(first, SwinBlock)
                 layout = first.arrangement(B, ((h + 1) // 2, (w + 1) // 2), tokens.x.device)
-                tokens = self._again(merge, tokens, layout) if merge is self.merges[0] else merge(tokens, layout)
+                largest = merge is self.merges[0]
+                tokens = computed_again(merge, merge, tokens, layout) if largest else merge(tokens, layout)
             for block in blocks:
                 tokens = self.run(block, tokens)
             yield tokens

@@ -31,11 +31,18 @@ def linear_cross_entropy(
     """
     dtype = hidden.dtype if precision is None else precision
     if hidden.device.type != "cpu" or torch.compiler.is_compiling():
-        scores = F.linear(hidden.to(dtype), table.to(dtype), None if bias is None else bias.to(dtype))
+        scores = linear_in(dtype, hidden, table, bias)
         return F.cross_entropy(scores.float(), wanted, label_smoothing=smoothing)
     learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, table, bias))
     with torch.autocast("cpu", enabled=False):
         return _ByPieces.apply(hidden, table, bias, wanted, smoothing, learns, dtype)  # type: ignore[return-value]
+
+
+def linear_in(
+    dtype: torch.dtype, x: Float[Tensor, "*B C"], weight: Float[Tensor, "V C"], bias: Tensor | None
+) -> Float[Tensor, "*B V"]:
+    """`F.linear` in this precision."""
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class _ByPieces(torch.autograd.Function):

@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from saccade.backbones.base import Row
 from saccade.layers.linear import linear
+from saccade.layers.token_loss import linear_in
 
 T = TypeVar("T")
 LONGEST = 100_000  # tokens of either side; more come from damaged descriptions
@@ -69,8 +69,7 @@ class TranslationOutputs:
     def logits(self) -> Float[Tensor, "*B V"]:
         if self.precision is None:
             return linear(self.hidden, self.table, self.bias)
-        hidden, table = self.hidden.to(self.precision), self.table.to(self.precision)
-        return F.linear(hidden, table, None if self.bias is None else self.bias.to(self.precision))
+        return linear_in(self.precision, self.hidden, self.table, self.bias)
 
 
 class DecodingState(Protocol):
