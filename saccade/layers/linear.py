@@ -19,7 +19,7 @@ from torch.nn import functional as F
 FEW = 40  # rows: below, bringing the weights into a convolution's order costs what it gains
 SMALL = 20480  # numbers in an input: up to here, PyTorch takes no oneDNN for a convolution
 EVEN = 16  # rows: oneDNN may take eight times as long to sum gradients of weights over other numbers than multiples
-# numbers in the weights for each row: from here on, oneDNN's sums of gradients over the rows take up to ten times as
+# numbers in the weights for each row: from here on, oneDNN's sums of gradients over the rows take up to twelve times as
 # long as the same products put as a layer, and a copy of the weights for each thread
 LARGE = 2000
 # means nothing to kernels of one place; but with it PyTorch takes oneDNN also where it has one thread
@@ -77,28 +77,38 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         upstream = gradients[0].contiguous()
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        # its weights' gradients first, because what oneDNN works in for them is then free for the gradient of `x`
-        gradient_of_weight, shifts = _of_parameters(upstream, x, weight, of_weight, of_bias)
-        gradient_of_x = _rows(_differentiate(upstream, x, weight, [True, False, False])[0]) if of_x else None
-        return gradient_of_x, gradient_of_weight, shifts
+        if not of_weight:
+            shifts = upstream.sum(dim=0) if of_bias else None
+            return _of_input(upstream, x, weight) if of_x else None, None, shifts
+        # In the order in which less lies about at once: for the gradient of `x`, oneDNN brings the weights into an
+        # order of its own, and sums over many rows are held once for each thread.
+        if weight.numel() < LARGE * len(x):
+            gradient_of_weight, shifts = _of_rows(upstream, x, weight, of_bias)
+            return _of_input(upstream, x, weight) if of_x else None, gradient_of_weight, shifts
+        gradient_of_x = _of_input(upstream, x, weight) if of_x else None
+        return gradient_of_x, _of_few_rows(upstream, x), upstream.sum(dim=0) if of_bias else None
 
 
-def _of_parameters(
-    upstream: Float[Tensor, "M O"], x: Float[Tensor, "M I"], weight: Tensor, of_weight: bool, of_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    if not of_weight:
-        return None, upstream.sum(dim=0) if of_bias else None
-    if weight.numel() >= LARGE * len(x) and upstream.numel() > SMALL:
-        with torch.autocast("cpu", enabled=False):
-            of_kernels = _convolve(upstream.T.contiguous(), x.T, None)
-        return of_kernels, upstream.sum(dim=0) if of_bias else None
+def _of_input(upstream: Float[Tensor, "M O"], x: Float[Tensor, "M I"], weight: Tensor) -> Float[Tensor, "M I"]:
+    return _rows(_differentiate(upstream, x, weight, [True, False, False])[0])
+
+
+def _of_few_rows(upstream: Float[Tensor, "M O"], x: Float[Tensor, "M I"]) -> Float[Tensor, "O I"]:
+    """The gradient of the weights, as if it were that of the input of a layer whose weights are `x`."""
+    return _of_input(upstream.T.contiguous(), upstream.new_empty(upstream.shape[1], x.shape[1]), x)
+
+
+def _of_rows(
+    upstream: Float[Tensor, "M O"], x: Float[Tensor, "M I"], weight: Tensor, of_bias: bool
+) -> tuple[Float[Tensor, "O I"], Tensor | None]:
+    """The gradients of the weights and the bias."""
     even = len(x) - len(x) % EVEN
-    _, kernels, shifts = _differentiate(upstream[:even], x[:even], weight, [False, True, of_bias])
-    of_kernels = kernels.view_as(weight)
+    _, of_kernels, shifts = _differentiate(upstream[:even], x[:even], weight, [False, True, of_bias])
+    of_weight = of_kernels.view_as(weight)
     if even < len(x):
-        of_kernels.addmm_(upstream[even:].T, x[even:])
+        of_weight.addmm_(upstream[even:].T, x[even:])
         shifts = shifts + upstream[even:].sum(dim=0) if of_bias else None
-    return of_kernels, shifts if of_bias else None
+    return of_weight, shifts if of_bias else None
 
 
 def _differentiate(upstream: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
