@@ -532,8 +532,8 @@ def test_python(given: Callable[..., None]) -> None:
         saccade.verify("tiny", dtype="float16")
 
 
-def save_reference(path: Path) -> Path:
-    """A tiny model of timm in the hub's layout."""
+def save_reference(path: Path, **more: Any) -> Path:
+    """A tiny model of timm in the hub's layout; `more` of model_args."""
     timm = pytest.importorskip("timm")
     from safetensors.torch import save_file
 
@@ -544,7 +544,7 @@ def save_reference(path: Path) -> Path:
         torch.nn.init.normal_(parameter, std=0.1)
     path.mkdir()
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path / "model.safetensors")
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": small}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "model_args": small | more}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -560,6 +560,15 @@ def test_the_whole_way_with_a_real_reference(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Mlp, "forward", lambda self, x: whole(self, x) * (1 + 1e-6))
     result = verification.verify(folder)
     assert result.comparisons["float32"].agrees and first(result) == "block 0"
+
+
+def test_what_a_description_says_beside_the_form(tmp_path: Path) -> None:
+    """timm's own DINOv3 names its classes there, too; what would load weights or make something else is not heard."""
+    more = {"num_classes": 7, "in_chans": 3, "pretrained": True, "checkpoint_path": "no.pth", "features_only": True}
+    assert verification.verify(save_reference(tmp_path / "more", **more), dtype="float64").agrees
+    folder = save_reference(tmp_path / "wrong", rope_style="spiral")
+    with pytest.raises(UserError, match=r"config.json: timm cannot build its vit_tiny_patch16_224 .*rope_style"):
+        verification.verify(folder)
 
 
 def test_weights_of_a_dialect_without_reference_and_of_our_own(tmp_path: Path) -> None:

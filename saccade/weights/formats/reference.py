@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from saccade.errors import UserError
+
 
 class InDouble(TorchFunctionMode):
     """Whatever asks for float32 gets float64.
@@ -41,7 +43,18 @@ def as_described(config: Mapping[str, Any], classes: int, more: Mapping[str, Any
     name = str(config.get("architecture") or "").split(".")[0]
     if not name or not timm.is_model(name):
         return None
-    return timm.create_model(name, num_classes=classes, **{**(config.get("model_args") or {}), **more})
+    described = {key: value for key, value in (config.get("model_args") or {}).items() if key not in NOT_ITS_FORM}
+    try:
+        return timm.create_model(name, **{**described, **more, "num_classes": classes})
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"config.json: timm cannot build its {name} with model_args {described}: {error}") from None
+
+
+# of timm's create_model: whether and from where weights are loaded, and what a model is made into
+NOT_ITS_FORM = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
+    "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only", "feature_cfg", "out_indices",
+}  # fmt: skip
 
 
 SAID_OTHERWISE = ("architectures", "id2label", "label2id", "num_labels", "dtype", "torch_dtype")

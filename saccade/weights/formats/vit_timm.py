@@ -146,7 +146,7 @@ def is_timm(shapes: Shapes, config: Mapping[str, Any]) -> bool:
 def timm_row(shapes: Shapes, config: Mapping[str, Any]) -> ViTConfig:
     """Without a `config.json`: heads 64 wide (but for sizes known to differ), exact GELU, and the pooling that the
     tensors suggest, which for rotary positions is the mean, timm's default."""
-    arguments = {**config, **config.get("model_args", {})}
+    arguments = {**config, **(config.get("model_args") or {})}
     dim, _, patch_size, other = shape_of(shapes, "patch_embed.proj.weight")
     if patch_size != other:
         raise UserError(f"patches of {patch_size}x{other} pixels are not square; such a model cannot be read")
