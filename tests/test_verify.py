@@ -571,6 +571,22 @@ def test_what_a_description_says_beside_the_form(tmp_path: Path) -> None:
         verification.verify(folder)
 
 
+def test_a_size_that_is_no_multiple_of_the_stride(tmp_path: Path) -> None:
+    """As timm says of torchvision's second ResNets, which were trained on crops of 176 pixels."""
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "resnet"
+    folder.mkdir()
+    save_file(timm.create_model("resnet18", num_classes=3).state_dict(), folder / "model.safetensors")
+    config = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {"input_size": [3, 176, 176]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = verification.verify(folder, dtype="float64")
+    assert result.agrees and result.facts["pictures"]["height"] == 192
+    with pytest.raises(UserError, match=r"--image-size 176: this model takes multiples of 32 pixels, such as 192x192"):
+        verification.verify(folder, image_size="176")
+
+
 def test_weights_of_a_dialect_without_reference_and_of_our_own(tmp_path: Path) -> None:
     """They are written in a dialect that has one."""
     from saccade.weights.convert import import_weights

@@ -136,8 +136,10 @@ def _choose(subject: Subject, data: str | Path | None, image_size: str | None) -
         if image_size is not None:
             raise UserError(f"--image-size {image_size}: is for pictures, and {subject.source} is a model of texts")
         return choose_texts(data, subject.tokenizer, subject.row, subject.source)
-    shape = read_shape(image_size or str(subject.row.image_size), subject.row.stride)
-    return choose_pictures(data, shape, subject.preprocessing)
+    row = subject.row
+    # some models are described by the size of crops in training, which is no multiple: a ResNet-50 of 176 pixels
+    own = max(1, round(row.image_size / row.stride)) * row.stride
+    return choose_pictures(data, read_shape(image_size or str(own), row.stride), subject.preprocessing)
 
 
 def _stage_names(subject: Subject) -> list[str]:
