@@ -1,11 +1,14 @@
-"""Choices of the surest: repeated where they could have been made, and only there."""
+"""Choices of the surest: repeated where they could have been made, and only there. Matches: settled where they tie."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from saccade.verification.choices import Choices
+from saccade.verification.compare import Comparison, Gap
+from saccade.verification.detection import settled
 
 
 def choose(values: Tensor, count: int = 2) -> list[list[int]]:
@@ -69,3 +72,32 @@ def test_gradients_go_through():
     with choices.repeated():
         values.topk(2, dim=1).values.sum().backward()
     assert values.grad is not None and values.grad.tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
+
+
+def compared(otherwise: int, l1: float, layer: int = 2) -> Comparison:
+    """One layer's match, of three things, and parts of the loss; those of another layer are far apart."""
+    parts = {"class": 4e-7, "l1": l1, "giou": 1e-7}
+    gaps = [Gap(f"layer {layer}: matched", otherwise, otherwise / 3, not otherwise, "1 of 3" if otherwise else "")]
+    gaps += [Gap(f"layer {layer}: {part}", relative, relative, True) for part, relative in parts.items()]
+    return Comparison((*gaps, Gap("layer 1: l1", 1e-2, 1e-2, False)), ())
+
+
+def test_of_two_queries_that_cost_the_same_rounding_matches_either():
+    found = settled({"float32": compared(1, 3e-7), "float64": compared(0, 1e-16)})
+    matched = found["float32"].forward[0]
+    assert matched.agrees and matched.note == "1 of 3 cost the same"
+    assert found["float32"].forward[1:] == compared(1, 3e-7).forward[1:] and found["float64"] == compared(0, 1e-16)
+
+
+@pytest.mark.parametrize(
+    "comparisons",
+    [
+        {"float32": compared(1, 2e-6), "float64": compared(0, 1e-16)},  # it cost something
+        {"float32": compared(1, float("nan")), "float64": compared(0, 1e-16)},
+        {"float32": compared(1, 3e-7), "float64": compared(1, 3e-7)},  # no rounding explains it
+        {"float32": compared(1, 3e-7), "float64": compared(0, 1e-16, layer=1)},
+        {"float32": compared(1, 3e-7)},  # nothing to tell rounding by
+    ],
+)
+def test_other_matches_depart(comparisons: dict[str, Comparison]):
+    assert not settled(comparisons)["float32"].forward[0].agrees

@@ -27,7 +27,7 @@ from saccade.verification.compare import (
     run_ours,
     run_theirs,
 )
-from saccade.verification.detection import judge_ours, judge_theirs, made_up_counts, made_up_targets
+from saccade.verification.detection import judge_ours, judge_theirs, made_up_counts, made_up_targets, settled
 from saccade.verification.pictures import Pictures, choose_pictures, read_shape
 from saccade.verification.report import Verification, size_of
 from saccade.verification.subject import Subject, needed_peer, open_subject
@@ -78,7 +78,7 @@ def verify(
         del ours, theirs
     versions = {peer: importlib.metadata.version(peer)}
     facts = describe(subject, shown, versions)
-    return Verification(f"{peer} {versions[peer]}", facts, comparisons, recorded)
+    return Verification(f"{peer} {versions[peer]}", facts, settled(comparisons), recorded)
 
 
 def verify_recorded(
@@ -123,7 +123,7 @@ def verify_recorded(
     others = {name: version for name, version in recorded["versions"].items() if name not in ("saccade", "torch")}
     named = ", ".join(f"{name} {version}" for name, version in others.items())
     reference = f"what {named} answered when {Path(certificate).name} was written"
-    return Verification(reference, facts, comparisons, recorded["recorded"], tuple(faults))
+    return Verification(reference, facts, settled(comparisons), recorded["recorded"], tuple(faults))
 
 
 def _kind(subject: Subject) -> str:

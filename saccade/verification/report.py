@@ -111,7 +111,8 @@ class Verification:
         for name, gaps in rows:
             departing = [gap for gap in gaps.values() if not gap.agrees]
             cells = "".join(f"  {_cells(gaps.get(dtype))}" for dtype in dtypes)
-            verdict = "agrees" if not departing else f"DEPARTS {departing[0].note}".rstrip()
+            noted = [gap.note for gap in departing or gaps.values() if gap.note]
+            verdict = " ".join(["DEPARTS" if departing else "agrees", *noted[:1]])
             say(console, f"{name:{width}}{cells}  {verdict}", "red" if departing else "")
         for dtype in dtypes:
             far = sum(not gap.agrees for gap in self.comparisons[dtype].gradients)
