@@ -429,6 +429,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="which model it is, where a bare file leaves that open")
     parser.add_argument("--branch", metavar="NAME", help="which part of a checkpoint: teacher, student, model_ema, ...")
     parser.add_argument("--drop-head", action="store_true", help="keep the backbone only")
+    parser.add_argument("--merge-tokens", type=int, metavar="N", help="of a ViT: so many join others in each block")
+    parser.add_argument("--merge-schedule", choices=["constant", "decreasing"], help="decreasing: most in the first")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
 
 
@@ -437,6 +439,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
     saccade convert facebook/dinov2-small dinov2.safetensors
     saccade convert runs/photos photos-timm --to timm
+    saccade convert runs/photos fast.safetensors --merge-tokens 13
     """
     from saccade.weights.export import convert
 
@@ -447,6 +450,8 @@ def run_convert(options: argparse.Namespace) -> int:
         model=options.model,
         keep_head=not options.drop_head,
         branch=options.branch,
+        merge_tokens=options.merge_tokens,
+        merge_schedule=options.merge_schedule,
     )
     if options.json:
         print(json.dumps(vars(result)))

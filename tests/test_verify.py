@@ -598,6 +598,11 @@ def test_weights_of_a_dialect_without_reference_and_of_our_own(tmp_path: Path) -
     save_model(tmp_path / "ours.safetensors", found.weights, replace(found.card(), task="classify", class_names=names))
     result = verification.verify(tmp_path / "ours.safetensors", dtype="float64")
     assert result.agrees and result.facts["reference_weights"] == "written from ours"
+    merging = replace(found.row, merge_tokens=3)  # which timm has not
+    card = replace(found.card(), task="classify", class_names=names, architecture=merging.to_dict())
+    save_model(tmp_path / "merging.safetensors", found.weights, card)
+    result = verification.verify(tmp_path / "merging.safetensors", dtype="float64")
+    assert result.agrees and "without merging" in result.facts["notes"][0]
     row = backbone_row("cct_nano")
     backbone = build_backbone(row)
     card = replace(found.card(), task="embed", model="cct_nano", architecture=row.to_dict(), class_names=())

@@ -73,7 +73,8 @@ class ViTConfig(Row):
 
     @property
     def about(self) -> str:
-        return f"{'conv stem' if self.stem else f'patch {self.patch_size}'}, {self.depth} x {self.dim}"
+        merging = f", {self.merge_tokens} tokens merged a block" if self.merge_tokens else ""
+        return f"{'conv stem' if self.stem else f'patch {self.patch_size}'}, {self.depth} x {self.dim}{merging}"
 
     @property
     def class_tokens(self) -> int:

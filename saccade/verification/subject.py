@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.backbones import build_backbone
 from saccade.backbones.base import Row
+from saccade.backbones.vit import ViTConfig
 from saccade.config import PreprocessingConfig
 from saccade.errors import UserError
 from saccade.models import build_network, read_row
@@ -77,6 +78,10 @@ def open_subject(source: str, model: str | None = None, branch: str | None = Non
     if is_ours(Path(source)):
         loaded = load_weights(source)
         row, classes = read_row(loaded.card.architecture, loaded.where), len(loaded.card.class_names)
+        notes: tuple[str, ...] = ()
+        if isinstance(row, ViTConfig) and row.merge_tokens:
+            row = replace(row, merge_tokens=0)
+            notes = ("compared without merging of tokens, which the reference has not",)
         written = _write_for_reference(row, classes, loaded.weights)
         if written is None:
             raise UserError(f"{source}: no reference code is known for such a model ({row.family}, {row.about})")
@@ -85,7 +90,7 @@ def open_subject(source: str, model: str | None = None, branch: str | None = Non
         preprocessing = loaded.card.preprocessing
         tokenizer = loaded.card.tokenizer
         return Subject(
-            source, form, row, classes, config, loaded.weights, theirs, preprocessing, written=True, tokenizer=tokenizer
+            source, form, row, classes, config, loaded.weights, theirs, preprocessing, True, notes, tokenizer
         )
     from saccade.weights.convert import import_weights
     from saccade.weights.source import open_weights

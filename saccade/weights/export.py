@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from saccade.backbones.base import Row
+from saccade.config import build_config
 from saccade.errors import UserError
 from saccade.models import read_row
 from saccade.models.translator import TranslatorRow
@@ -93,13 +94,21 @@ def convert(
     model: str | None = None,
     keep_head: bool = True,
     branch: str | None = None,
+    merge_tokens: int | None = None,
+    merge_schedule: str | None = None,
 ) -> Conversion:
     """Read weights from anywhere and write a model file, or a folder for timm (`timm`) or transformers (`hf`).
 
-    Nothing is ever written over, and `out` appears whole or not at all.
+    A ViT can be told to merge so many tokens in each block (ToMe), or none (0), without learning anew: faster, and a
+    little less right. The other libraries have no merging. Nothing is ever written over, and `out` appears whole or
+    not at all.
     """
     out = Path(out)
     _check_out(out, to)
+    merging = {"merge_tokens": merge_tokens, "merge_schedule": merge_schedule}
+    merging = {name: value for name, value in merging.items() if value is not None}
+    if merging and to != "saccade":
+        raise UserError(f"--to {to}: has no merging of tokens; leave --merge-tokens and --merge-schedule out")
     if _is_ours(Path(source)):
         if model is not None or branch is not None:
             raise UserError(f"{source}: a model of saccade, which says what it is; leave --model and --branch out")
@@ -114,6 +123,14 @@ def convert(
         found = import_weights(raw, model=model, keep_head=keep_head)
         weights, card, notes, read_as = found.weights, found.card(), [*raw.notes, *found.notes], found.format.name
     row = read_row(card.architecture, str(source))
+    if merging:
+        changed = row.changed(build_config({"data": "", "network": merging}).network)
+        if changed != row and card.metrics:
+            notes = [*notes, "its figures are left out, being of other merging"]
+            card = replace(card, metrics={})
+        row, card = changed, replace(card, architecture=changed.to_dict())
+    elif to != "saccade" and getattr(row, "merge_tokens", 0):
+        notes = [*notes, "merging of tokens is left out, which the other library has not; its answers will differ"]
     network = describe_network(str(source), row, len(card.class_names))
     check_weights(weights, network.state_dict(), str(source))
     try:

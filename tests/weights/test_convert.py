@@ -34,7 +34,7 @@ from saccade.weights.descriptions import (
 from saccade.weights.export import convert, export_weights
 from saccade.weights.formats.table import Format, NoWords, Rule, Shapes, same
 from saccade.weights.load import load_network
-from saccade.weights.model_file import load_model_file
+from saccade.weights.model_file import load_model_file, save_model
 from saccade.weights.published import Published
 from saccade.weights.source import UNKNOWN_LICENCE, RawWeights
 
@@ -444,6 +444,44 @@ def test_own_model_loses_its_head_when_asked(tmp_path: Path) -> None:
     assert result.classes == 0 and any("left out, as asked" in note for note in result.notes)
     weights, card = load_model_file(tmp_path / "b.safetensors")
     assert card.task == "embed" and weights.keys() == ours_of(ROW, 0).keys()
+
+
+def test_tokens_are_merged_without_learning_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = replace(import_weights(raw()).card(), metrics={"top1": 0.9}, task="classify", class_names=("a", "b", "c"))
+    whole, fast, slow = (tmp_path / f"{name}.safetensors" for name in ("whole", "fast", "slow"))
+    save_model(whole, ours_of(ROW, 3), card)
+    assert main(["convert", str(whole), str(fast), "--merge-tokens", "5", "--merge-schedule", "decreasing"]) == 0
+    said = capsys.readouterr().out
+    assert "5 tokens merged a block" in said and "figures are left out" in said
+    weights, changed = load_model_file(fast)
+    assert changed.metrics == {} and changed.class_names == card.class_names
+    assert all(torch.equal(weights[name], value) for name, value in load_model_file(whole)[0].items())
+    convert(fast, slow, merge_tokens=0)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, merged, again = (load_network(path)[0](images).logits for path in (whole, fast, slow))
+    assert torch.equal(exact, again) and not torch.allclose(exact, merged, rtol=1e-5)
+    assert convert(whole, tmp_path / "same.safetensors", merge_tokens=0).notes == ()
+    assert load_model_file(tmp_path / "same.safetensors")[1].metrics == {"top1": 0.9}
+    assert any("merging" in note for note in convert(fast, tmp_path / "theirs", to="timm").notes)
+
+
+def test_merging_that_cannot_be(tmp_path: Path) -> None:
+    path, out = tmp_path / "ours.safetensors", tmp_path / "out.safetensors"
+    save_model(path, ours_of(ROW, 3), import_weights(raw()).card())
+    for tokens in (-1, 257):
+        with pytest.raises(UserError, match=f"network.merge_tokens: .* not {tokens}"):
+            convert(path, out, merge_tokens=tokens)
+    with pytest.raises(UserError, match="network.merge_schedule: .* not 'rising'"):
+        convert(path, out, merge_schedule="rising")
+    with pytest.raises(UserError, match="--to timm: has no merging"):
+        convert(path, tmp_path / "theirs", to="timm", merge_tokens=5)
+    row = model_row("levit_128s")
+    card = replace(import_weights(raw()).card(), architecture=row.to_dict(), class_names=())
+    save_model(tmp_path / "levit.safetensors", ours_of(row, 0), card)
+    with pytest.raises(UserError, match="a model of the family 'levit' has no such setting"):
+        convert(tmp_path / "levit.safetensors", out, merge_tokens=5)
+    assert not out.exists()
 
 
 def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
