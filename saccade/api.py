@@ -67,6 +67,9 @@ def evaluate(
     failed: list[str] = [] if unreadable is None else unreadable
     told: list[str] = []
     loaded = open_model(model, device=device, notes=told)
+    if loaded.card.task == "embed":
+        head = f"saccade train {data} --weights {model}"
+        raise UserError(f"{model}: has no classes that could be right; train a head on it, such as by `{head}`")
     held = _held_out(model, data, split, told)
     if isinstance(loaded, TextModel):
         if any(languages) or not isinstance(held, Pairs):  # the first: another direction than that of the run

@@ -203,7 +203,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="run folder or model file")
+    parser.add_argument("model", help="run folder, model file, or weights of another library: hub name, folder, file")
     parser.add_argument("data", help="data with its truth: a split's folder, or a data set (then its val or --split)")
     parser.add_argument("--split", help="which split of the data set")
     parser.add_argument(
@@ -283,7 +283,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="run folder or model file")
+    parser.add_argument("model", help="run folder, model file, or weights of another library: hub name, folder, file")
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT", help="pictures and folders of pictures; or texts, for a model of texts"
     )

@@ -73,7 +73,8 @@ class ViTConfig(Row):
 
     @property
     def about(self) -> str:
-        merging = f", {self.merge_tokens} tokens merged a block" if self.merge_tokens else ""
+        most = ", most in the first ones" if self.merge_schedule == "decreasing" else ""
+        merging = f", {self.merge_tokens} tokens merged a block{most}" if self.merge_tokens else ""
         return f"{'conv stem' if self.stem else f'patch {self.patch_size}'}, {self.depth} x {self.dim}{merging}"
 
     @property

@@ -148,6 +148,8 @@ class Encoder:
         return {
             "model": self.model.card.model,
             "weights_sha256": hash_tensors(self.model.network.state_dict()),
+            # what is no tensor, such as merging of tokens, decides too
+            "architecture": self.model.card.architecture,
             "what": self.what,
             "precision": str(self.model.precision).removeprefix("torch."),
             "preprocessing": self.preprocessing.model_dump(mode="json"),
@@ -328,6 +330,7 @@ def finished_already(path: Path, job: dict[str, Any]) -> EmbeddedFile | None:
 NAMES = {
     "model": "another model",
     "weights_sha256": "other weights",
+    "architecture": "other settings of the network",
     "what": "another --what",
     "precision": "another --precision",
     "preprocessing": "another --image-size or preprocessing",

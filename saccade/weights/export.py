@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from saccade.backbones.base import Row
-from saccade.config import build_config
+from saccade.backbones.vit import ViTConfig
+from saccade.config import NetworkConfig
 from saccade.errors import UserError
 from saccade.models import read_row
 from saccade.models.translator import TranslatorRow
@@ -36,6 +38,7 @@ from saccade.weights.model_file import (
     sync_folder,
 )
 from saccade.weights.source import open_weights
+from saccade.words import with_article
 
 DIALECTS = {"timm": "timm", "hf": "huggingface"}  # as the command calls them
 # Model types of transformers that demand a mask token, and its dimensions. It serves training without labels, so ours
@@ -105,10 +108,10 @@ def convert(
     """
     out = Path(out)
     _check_out(out, to)
-    merging = {"merge_tokens": merge_tokens, "merge_schedule": merge_schedule}
-    merging = {name: value for name, value in merging.items() if value is not None}
-    if merging and to != "saccade":
-        raise UserError(f"--to {to}: has no merging of tokens; leave --merge-tokens and --merge-schedule out")
+    if merge_tokens is None and merge_schedule is not None:
+        raise UserError(f"--merge-schedule {merge_schedule}: of how many tokens? Give --merge-tokens, too")
+    if merge_tokens is not None and to != "saccade":
+        raise UserError(f"--merge-tokens {merge_tokens}: --to {to} has no merging of tokens; leave one of them out")
     if _is_ours(Path(source)):
         if model is not None or branch is not None:
             raise UserError(f"{source}: a model of saccade, which says what it is; leave --model and --branch out")
@@ -123,8 +126,8 @@ def convert(
         found = import_weights(raw, model=model, keep_head=keep_head)
         weights, card, notes, read_as = found.weights, found.card(), [*raw.notes, *found.notes], found.format.name
     row = read_row(card.architecture, str(source))
-    if merging:
-        changed = row.changed(build_config({"data": "", "network": merging}).network)
+    if merge_tokens is not None:
+        changed = _merging(row, merge_tokens, merge_schedule or "constant", f"{source}: {with_article(card.model)}")
         if changed != row and card.metrics:
             notes = [*notes, "its figures are left out, being of other merging"]
             card = replace(card, metrics={})
@@ -163,6 +166,19 @@ def convert(
         provenance=card.provenance,
         notes=tuple(notes),
     )
+
+
+def _merging(row: Row, tokens: int, schedule: str, what: str) -> Row:
+    if not isinstance(row, ViTConfig):
+        raise UserError(f"{what}, which merges no tokens; --merge-tokens is for classifiers and embedders of a ViT")
+    most = min(256, row.side**2 - 1)
+    if not 0 <= tokens <= most:
+        raise UserError(f"--merge-tokens {tokens}: give 0 for none, or up to {most}; usual are 5 to 20")
+    try:
+        merge_schedule = NetworkConfig.model_validate({"merge_schedule": schedule}).merge_schedule
+    except ValidationError:
+        raise UserError(f"--merge-schedule {schedule}: not known; use constant or decreasing") from None
+    return row.changed(NetworkConfig(merge_tokens=tokens, merge_schedule=merge_schedule))
 
 
 def _about_sizes(files: Mapping[str, bytes], card: ModelCard) -> list[str]:

@@ -27,6 +27,7 @@ from saccade.engine import embed as engine
 from saccade.engine.embed import embed_to_file
 from saccade.engine.predict import Model
 from saccade.errors import UserError
+from saccade.weights.export import convert
 from saccade.weights.load import described_network
 from saccade.weights.model_file import ModelCard, save_model
 
@@ -155,6 +156,20 @@ def test_parquet(model: Model, model_file: Path, photos: Path, tmp_path: Path) -
     assert metadata["model"] == "vit_micro" and len(metadata["weights_sha256"]) == 64
     assert (result.count, result.channels, result.unreadable, result.finished_before) == (10, 128, (), False)
     assert [path.name for path in out.parent.iterdir()] == ["vectors.parquet"], "nothing is left lying about"
+
+
+def test_the_same_weights_with_merging_are_another_job(
+    model_file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished or not: nothing of the one is taken for the other's."""
+    merging, out = tmp_path / "merging.safetensors", tmp_path / "vectors.parquet"
+    convert(model_file, merging, merge_tokens=5)
+    embed_to_file(model_file, [photos], out, device="cpu", batch_size=4)
+    with pytest.raises(UserError, match=r"vectors of another job \(other settings of the network"):
+        embed_to_file(merging, [photos], out, device="cpu", batch_size=4)
+    vectors = read_parquet(out)[2]
+    embed_to_file(merging, [photos], tmp_path / "merged.parquet", device="cpu", batch_size=4)
+    assert np.abs(read_parquet(tmp_path / "merged.parquet")[2] - vectors).max() > 1e-6
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".csv", ".jsonl"])
