@@ -122,7 +122,7 @@ def render_models(name: str | None = None, task: str | None = None) -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=120)  # a pipe has no width; in a narrow terminal the forms are cut
+        console = Console(highlight=False, width=240)  # a pipe has no width; in a narrow terminal the forms are cut
     models = [m for m in list_models(task) if name in (None, m.name)]
     width = max(len(m.name) for m in models)
     for each in dict.fromkeys(m.task for m in models):
