@@ -158,10 +158,7 @@ def test_parquet(model: Model, model_file: Path, photos: Path, tmp_path: Path) -
     assert [path.name for path in out.parent.iterdir()] == ["vectors.parquet"], "nothing is left lying about"
 
 
-def test_the_same_weights_with_merging_are_another_job(
-    model_file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Finished or not: nothing of the one is taken for the other's."""
+def test_the_same_weights_with_merging_are_another_job(model_file: Path, photos: Path, tmp_path: Path) -> None:
     merging, out = tmp_path / "merging.safetensors", tmp_path / "vectors.parquet"
     convert(model_file, merging, merge_tokens=5)
     embed_to_file(model_file, [photos], out, device="cpu", batch_size=4)

@@ -33,6 +33,13 @@ def exact(images: Tensor) -> AbstractContextManager[Any]:
     return InDouble() if images.dtype == torch.float64 else nullcontext()
 
 
+# of timm's create_model: whether and from where weights are loaded, and what a model is made into
+NOT_ITS_FORM = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
+    "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only", "feature_cfg", "out_indices",
+}  # fmt: skip
+
+
 def as_described(config: Mapping[str, Any], classes: int, more: Mapping[str, Any]) -> nn.Module | None:
     """timm's own model as the source's config.json describes it; None where that names none of timm's.
 
@@ -48,13 +55,6 @@ def as_described(config: Mapping[str, Any], classes: int, more: Mapping[str, Any
         return timm.create_model(name, **{**described, **more, "num_classes": classes})
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"config.json: timm cannot build its {name} with model_args {described}: {error}") from None
-
-
-# of timm's create_model: whether and from where weights are loaded, and what a model is made into
-NOT_ITS_FORM = {
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
-    "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only", "feature_cfg", "out_indices",
-}  # fmt: skip
 
 
 SAID_OTHERWISE = ("architectures", "id2label", "label2id", "num_labels", "dtype", "torch_dtype")
